@@ -1,0 +1,113 @@
+"""Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
+
+    python train_gpt2.py    # count the parameters
+
+Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
+V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+# --------------------------------------------------------------------------------------------------
+# The network (0:13:47 section 1, the nn.Module)
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What the network is. The defaults are GPT-2 (124M): row one of the GPT-2 paper's table 2."""
+
+    seq_len: int = 1024  # tokens, T: how far back the network can look
+    vocab_size: int = 50257  # V: 256 bytes + 50,000 merges + <|endoftext|>
+    n_layer: int = 12  # L
+    n_head: int = 12  # H
+    n_embd: int = 768  # C
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # -> (B, H, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)  # a token looks only back
+        y = scores.softmax(dim=3) @ v  # (B, H, T, T) (B, H, T, D) -> (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        # The tanh approximation, because GPT-2 was trained with it: erf was slow in its TensorFlow.
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))  # tokens tell each other what they know
+        return x + self.mlp(self.ln_2(x))  # and each thinks about it by itself
+
+
+class GPT(nn.Module):
+    """GPT-2: a decoder-only transformer, the norms before the sublayers (GPT-2 paper, section 2.3).
+
+    The parameters have the published checkpoint's names, so that its weights fit in.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),  # token -> vector
+                wpe=nn.Embedding(config.seq_len, config.n_embd),  # position -> vector
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> logits (B, T, V)"""
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.lm_head(self.transformer.ln_f(x))  # (B, T, C) -> (B, T, V)
+
+
+def main():
+    model = GPT(GPTConfig())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    logits = model(torch.randint(50257, (4, 32)))
+    print(f"4 x 32 tokens -> logits {tuple(logits.shape)}")
+
+
+if __name__ == "__main__":
+    main()
