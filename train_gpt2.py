@@ -1,17 +1,21 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
-    python train_gpt2.py    # count the parameters
+    python train_gpt2.py gpt2    # or a folder in transformers' format: load its weights
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+import fineweb
+from fineweb import UserError
 
 # --------------------------------------------------------------------------------------------------
 # The network (0:13:47 section 1, the nn.Module)
@@ -101,13 +105,71 @@ class GPT(nn.Module):
             x = block(x)
         return self.lm_head(self.transformer.ln_f(x))  # (B, T, C) -> (B, T, V)
 
+    # OpenAI stored these layers' weights as (in, out); nn.Linear has (out, in).
+    TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str) -> "GPT":
+        """A published network (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a transformers folder's.
+
+        Its vocabulary stays unpadded: GPT-2's logits are about -35 and lower, and a padded id's 0
+        would win against them. Raises UserError when there is no such model or it is no GPT-2.
+        """
+        import transformers  # only here: it takes seconds, and training does without
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            load = transformers.GPT2LMHeadModel.from_pretrained
+            theirs = load(name_or_folder, use_safetensors=True)  # a format that cannot hold code
+        except Exception as error:  # no network, no such name, a broken file: each has its own type
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"no GPT-2 weights from {name_or_folder}: {reason}") from None
+        c = theirs.config
+        plain = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
+        plain |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+        for key, value in (plain | dict(tie_word_embeddings=True)).items():
+            if getattr(c, key) != value:
+                raise UserError(f"{name_or_folder} is no plain GPT-2: {key} is {getattr(c, key)}")
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        model.load_state_dict(cls.transposed(theirs.state_dict()))
+        return model
+
+    def export_pretrained(self, folder: str | Path) -> None:
+        """Write a folder for transformers.GPT2LMHeadModel.from_pretrained, without padded rows."""
+        import transformers
+
+        c, rows = self.config, min(self.config.vocab_size, fineweb.VOCAB_SIZE)
+        sizes = dict(vocab_size=rows, n_positions=c.seq_len, n_embd=c.n_embd)
+        sizes |= dict(n_layer=c.n_layer, n_head=c.n_head)
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+        weights = self.transposed(self.state_dict())
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            weights[name] = weights[name][:rows]
+        theirs.load_state_dict(weights)
+        theirs.save_pretrained(folder)
+
+    @classmethod
+    def transposed(cls, weights: dict) -> dict:
+        return {k: w.t() if k.endswith(cls.TRANSPOSED) else w for k, w in weights.items()}
+
 
 def main():
-    model = GPT(GPTConfig())
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    logits = model(torch.randint(50257, (4, 32)))
-    print(f"4 x 32 tokens -> logits {tuple(logits.shape)}")
+    name = sys.argv[1] if len(sys.argv) > 1 else "gpt2"
+    model = GPT.from_pretrained(name)
+    print(f"{name}: {model.config}")
+    import transformers
+
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(name)
+    tokens = torch.randint(model.config.vocab_size, (2, min(64, model.config.seq_len)))
+    with torch.no_grad():
+        difference = (model(tokens) - theirs(tokens).logits).abs().max().item()
+    print(f"the largest difference of a logit from transformers': {difference:.1e}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"train_gpt2.py: {error}", file=sys.stderr)
+        sys.exit(2)
