@@ -1,6 +1,6 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
-    python train_gpt2.py gpt2    # or a folder in transformers' format: load its weights
+    python train_gpt2.py gpt2    # continue "Hello, I'm a language model,"
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
@@ -154,17 +154,42 @@ class GPT(nn.Module):
         return {k: w.t() if k.endswith(cls.TRANSPOSED) else w for k, w in weights.items()}
 
 
+# --------------------------------------------------------------------------------------------------
+# Sampling (0:33:31 prefix tokens, tokenization; 0:37:02 the sampling loop)
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_k=50, seed=42
+) -> torch.Tensor:
+    """Continue `prompt` (token ids, at least one) -> (samples, len(prompt) + max_new_tokens).
+
+    Each token is drawn from the `top_k` likeliest (1: the likeliest itself), with random numbers of
+    its own: training's are left alone.
+    """
+    device, context = model.lm_head.weight.device, model.config.seq_len
+    generator = torch.Generator().manual_seed(seed)  # the CPU's: the same draws on every device
+    tokens = torch.tensor(prompt, device=device).repeat(samples, 1)  # (T) -> (B, T)
+    for _ in range(max_new_tokens):
+        logits = model(tokens[:, -context:])[:, -1].float()  # (B, T) -> (B, T, V) -> (B, V)
+        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K), likeliest first
+        choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
+        tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # (B, T + 1)
+    return tokens
+
+
+def show_samples(model, prompt: str, max_new_tokens: int) -> None:
+    tokenizer = fineweb.gpt2_tokenizer()
+    for row in generate(model, tokenizer.encode_ordinary(prompt), max_new_tokens).tolist():
+        print(f"---\n{tokenizer.decode(row)}")
+
+
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "gpt2"
     model = GPT.from_pretrained(name)
     print(f"{name}: {model.config}")
-    import transformers
-
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(name)
-    tokens = torch.randint(model.config.vocab_size, (2, min(64, model.config.seq_len)))
-    with torch.no_grad():
-        difference = (model(tokens) - theirs(tokens).logits).abs().max().item()
-    print(f"the largest difference of a logit from transformers': {difference:.1e}")
+    show_samples(model, "Hello, I'm a language model,", 30)
 
 
 if __name__ == "__main__":
