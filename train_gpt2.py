@@ -1,13 +1,12 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
-    python train_gpt2.py gpt2    # continue "Hello, I'm a language model,"
+    python train_gpt2.py    # what an untrained network says
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,16 +184,23 @@ def show_samples(model, prompt: str, max_new_tokens: int) -> None:
         print(f"---\n{tokenizer.decode(row)}")
 
 
+# --------------------------------------------------------------------------------------------------
+# The machine (0:41:47 the device)
+# --------------------------------------------------------------------------------------------------
+
+
+def best_device() -> str:
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else mps
+
+
 def main():
-    name = sys.argv[1] if len(sys.argv) > 1 else "gpt2"
-    model = GPT.from_pretrained(name)
-    print(f"{name}: {model.config}")
+    device = best_device()
+    print(f"device {device}")
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig()).to(device)
     show_samples(model, "Hello, I'm a language model,", 30)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"train_gpt2.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()
