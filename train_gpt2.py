@@ -1,6 +1,6 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
-    python train_gpt2.py    # what an untrained network says
+    python train_gpt2.py    # the loss before training
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fineweb
@@ -96,13 +97,16 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, tokens):
-        """tokens (B, T) -> logits (B, T, V)"""
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         for block in self.transformer.h:
             x = block(x)
-        return self.lm_head(self.transformer.ln_f(x))  # (B, T, C) -> (B, T, V)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, C) -> (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B T, V), (B T) -> ()
 
     # OpenAI stored these layers' weights as (in, out); nn.Linear has (out, in).
     TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -194,12 +198,24 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else mps
 
 
+# --------------------------------------------------------------------------------------------------
+# The data (0:45:50 batches)
+# --------------------------------------------------------------------------------------------------
+
+
+def read_text() -> torch.Tensor:
+    """The tokens of input.txt (N)."""
+    text = (Path(__file__).parent / "input.txt").read_text()
+    return torch.tensor(fineweb.gpt2_tokenizer().encode_ordinary(text))
+
+
 def main():
-    device = best_device()
-    print(f"device {device}")
+    device, B, T = best_device(), 4, 32
     torch.manual_seed(1337)
     model = GPT(GPTConfig()).to(device)
-    show_samples(model, "Hello, I'm a language model,", 30)
+    tokens = read_text()[: B * T + 1].to(device)
+    x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)  # targets: the same, one token further on
+    print(f"loss {model(x, y).item():.4f}; by guessing it is ln 50257 = {math.log(50257):.4f}")
 
 
 if __name__ == "__main__":
