@@ -1,6 +1,6 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
-    python train_gpt2.py    # the loss before training
+    python train_gpt2.py    # learn one batch by heart
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
@@ -215,7 +215,14 @@ def main():
     model = GPT(GPTConfig()).to(device)
     tokens = read_text()[: B * T + 1].to(device)
     x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)  # targets: the same, one token further on
-    print(f"loss {model(x, y).item():.4f}; by guessing it is ln 50257 = {math.log(50257):.4f}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for step in range(50):
+        loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 7 == 0:
+            print(f"step {step:2d} | loss {loss.item():.4f}")
 
 
 if __name__ == "__main__":
