@@ -18,7 +18,7 @@ import fineweb
 from fineweb import UserError
 
 # --------------------------------------------------------------------------------------------------
-# The network (0:13:47 section 1, the nn.Module)
+# The network (0:13:47 section 1, the nn.Module; 1:06:14 sharing wte and lm_head)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -96,6 +96,9 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # One matrix at both ends: tokens alike in meaning are read alike and predicted alike, and
+        # the 124M network is a third smaller ("Using the Output Embedding...", 2016; GPT-2's code).
+        self.lm_head.weight = self.transformer.wte.weight
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats."""
@@ -230,6 +233,7 @@ def main():
 
     torch.manual_seed(1337)
     model = GPT(GPTConfig()).to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     loader = DataLoaderLite(read_text(), B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for step in range(50):
