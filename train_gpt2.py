@@ -18,7 +18,8 @@ import fineweb
 from fineweb import UserError
 
 # --------------------------------------------------------------------------------------------------
-# The network (0:13:47 section 1, the nn.Module; 1:06:14 sharing wte and lm_head)
+# The network (0:13:47 section 1, the nn.Module; 1:06:14 sharing wte and lm_head; 1:13:47
+#    initialisation)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +100,25 @@ class GPT(nn.Module):
         # One matrix at both ends: tokens alike in meaning are read alike and predicted alike, and
         # the 124M network is a third smaller ("Using the Output Embedding...", 2016; GPT-2's code).
         self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw new weights from torch's global random numbers: torch.manual_seed decides them.
+
+        weight                      standard deviation   why
+        of Linear and Embedding     0.02                 GPT-2's code; about 1 / sqrt(C)
+        of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add up in the
+                                                         residual stream, whose variance is kept
+        wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
+        Biases are 0, and LayerNorm begins as the identity.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # which is wte
+                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
+                module.weight.normal_(mean=0.0, std=0.02 * scale)
+                if isinstance(module, nn.Linear):
+                    module.bias.zero_()
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats."""
