@@ -265,6 +265,7 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it: 10 bits of mantissa
     torch.manual_seed(1337)
     model = GPT(GPTConfig()).to(device)
+    model.compile()  # in place: the parameters keep their names
     loader = DataLoaderLite(read_text(), B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for step in range(6):
