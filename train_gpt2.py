@@ -6,7 +6,6 @@ Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H 
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
 """
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from fineweb import UserError
 
 # --------------------------------------------------------------------------------------------------
 # The network (0:13:47 section 1, the nn.Module; 1:06:14 sharing wte and lm_head; 1:13:47
-#    initialisation)
+#    initialisation; 2:00:18 flash attention)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -48,10 +47,9 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # -> (B, H, T, T)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)  # a token looks only back
-        y = scores.softmax(dim=3) @ v  # (B, H, T, T) (B, H, T, D) -> (B, H, T, D)
+        # softmax(q k^T / sqrt(D)) v, where a token looks only back. The kernel goes by blocks
+        # ("FlashAttention", 2022): the (B, H, T, T) scores are never in memory.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
 
 
