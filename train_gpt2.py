@@ -28,7 +28,7 @@ class GPTConfig:
     """What the network is. The defaults are GPT-2 (124M): row one of the GPT-2 paper's table 2."""
 
     seq_len: int = 1024  # tokens, T: how far back the network can look
-    vocab_size: int = 50257  # V: 256 bytes + 50,000 merges + <|endoftext|>
+    vocab_size: int = 50304  # V: GPT-2's 50,257 ids, padded to a multiple of 128 (2:06:54)
     n_layer: int = 12  # L
     n_head: int = 12  # H
     n_embd: int = 768  # C
@@ -198,6 +198,7 @@ def generate(
     tokens = torch.tensor(prompt, device=device).repeat(samples, 1)  # (T) -> (B, T)
     for _ in range(max_new_tokens):
         logits = model(tokens[:, -context:])[:, -1].float()  # (B, T) -> (B, T, V) -> (B, V)
+        logits[:, fineweb.VOCAB_SIZE :] = -torch.inf  # padding: these ids stand for no text
         logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K), likeliest first
         choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
         tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # (B, T + 1)
