@@ -1,6 +1,7 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
     python train_gpt2.py    # train a little, on input.txt
+    python train_gpt2.py compile
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
@@ -8,6 +9,7 @@ V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
 
 import ctypes
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +82,41 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # and each thinks about it by itself
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of the logits x @ weight.T, without ever holding them whole.
+
+    Logits are by far the largest tensor: for 64 sequences of 1024 tokens 13 GB in float32. But a
+    row's loss needs no other row, and its gradient, softmax minus one-hot, is known as soon as the
+    softmax is. So a slice of rows goes from logits to gradients at once and is forgotten.
+    x (N, C), weight (V, C), targets (N) -> a scalar, float32.
+    """
+
+    ROWS = 1024  # of a slice: 0.2 GB of float32 logits. Fewer make slower matrix products
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_gradient):
+        w, loss, weight_grad, x_grad = weight.to(dtype), 0.0, None, torch.empty_like(x)
+        slices = [tensor.split(LinearCrossEntropy.ROWS) for tensor in (x, targets, x_grad)]
+        for rows, target, rows_grad in zip(*slices, strict=True):
+            rows = rows.to(dtype)
+            log_p = F.log_softmax(rows @ w.T, dim=1, dtype=torch.float32)  # (n, C) (C, V) -> (n, V)
+            loss = loss + F.nll_loss(log_p, target, reduction="sum")
+            if with_gradient:
+                error = log_p.exp_()
+                error[torch.arange(len(target), device=x.device), target] -= 1.0
+                error = error.to(dtype)
+                rows_grad.copy_(error @ w)  # (n, V) (V, C) -> (n, C)
+                grad = (error.T @ rows).float()  # (V, n) (n, C) -> (V, C)
+                weight_grad = grad if weight_grad is None else weight_grad.add_(grad)
+        ctx.gradients = x_grad, weight_grad
+        return loss / len(targets)
+
+    @staticmethod
+    def backward(ctx, loss_grad):
+        scale = loss_grad / len(ctx.gradients[0])  # last, so that float16 loses no small gradient
+        return *(gradient.mul_(scale) for gradient in ctx.gradients), None, None, None
+
+
 class GPT(nn.Module):
     """GPT-2: a decoder-only transformer, the norms before the sublayers (GPT-2 paper, section 2.3).
 
@@ -121,16 +158,27 @@ class GPT(nn.Module):
                 if isinstance(module, nn.Linear):
                     module.bias.zero_()
 
-    def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats."""
+    def hidden(self, tokens):
+        """tokens (B, T) -> (B, T, C), from which lm_head predicts each next token."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         for block in self.transformer.h:
             x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, C) -> (B, T, V)
+        return self.transformer.ln_f(x)
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats."""
+        x = self.hidden(tokens)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B T, V), (B T) -> ()
+            return self.lm_head(x)
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B, T, C) -> (B T, C)
+        if torch.compiler.is_compiling():  # which fuses the softmax into its neighbours by itself
+            return F.cross_entropy(self.lm_head(x).float(), targets)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            weight, grad = self.lm_head.weight, torch.is_grad_enabled()
+            return LinearCrossEntropy.apply(x, weight, targets, dtype, grad)
 
     # OpenAI stored these layers' weights as (in, out); nn.Linear has (out, in).
     TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -214,7 +262,7 @@ def show_samples(model, prompt: str, max_new_tokens: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The machine (0:41:47 the device; 1:28:14 timing, TF32; 1:39:38 bfloat16)
+# The machine (0:41:47 the device; 1:28:14 timing, TF32; 1:39:38 bfloat16; 1:48:15 compile)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +324,8 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it: 10 bits of mantissa
     torch.manual_seed(1337)
     model = GPT(GPTConfig()).to(device)
-    model.compile()  # in place: the parameters keep their names
+    if "compile" in sys.argv:
+        model.compile()  # in place: the parameters keep their names
     loader = DataLoaderLite(read_text(), B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for step in range(6):
