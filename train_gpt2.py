@@ -1,17 +1,19 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
-    python train_gpt2.py    # train a little, on input.txt
-    python train_gpt2.py compile
+    python train_gpt2.py --max_steps 100    # --help lists the settings
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
 """
 
+import argparse
 import ctypes
+import dataclasses
+import math
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,8 +24,7 @@ import fineweb
 from fineweb import UserError
 
 # --------------------------------------------------------------------------------------------------
-# The network (0:13:47 section 1, the nn.Module; 1:06:14 sharing wte and lm_head; 1:13:47
-#    initialisation; 2:00:18 flash attention)
+# Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -36,6 +37,95 @@ class GPTConfig:
     n_layer: int = 12  # L
     n_head: int = 12  # H
     n_embd: int = 768  # C
+
+
+def setting(default, help: str, **options):
+    """A field of TrainConfig: its default, and what argparse needs to make a flag of it."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the run does. The defaults are the preset "gpt2": the lecture's run.
+
+    Whatever measures data is in tokens, so that another batch or number of GPUs changes no meaning.
+    """
+
+    preset: str = setting("", "a row of the presets; flags win over it")
+
+    seed: int = setting(1337, "of first weights, order of the data, and samples")  # the lecture
+    compile: bool | None = setting(None, "torch.compile (default: where it works)")
+
+    n_layer: int = setting(12, "layers")  # GPT-2 paper, table 2
+    n_head: int = setting(12, "attention heads in a layer")  # GPT-2's code
+    n_embd: int = setting(768, "channels")  # GPT-2 paper, table 2
+    seq_len: int = setting(1024, "tokens in a sequence")  # GPT-2 paper, section 2.3
+
+    batch_tokens: int = setting(2**19, "tokens in an update")  # GPT-3 paper, table 2.1: 0.5M
+    max_steps: int = setting(0, "updates, whatever --epochs says (0: as --epochs says)")
+    learning_rate: float = setting(6e-4, "at its highest")  # GPT-3 paper, table 2.1
+    grad_clip: float = setting(1.0, "highest norm of the gradient (0: any)")  # GPT-3, appendix B
+
+    def __post_init__(self):
+        may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
+        may_be_0 += ("grad_clip", "batch_ramp_tokens", "seed", "resume", "eval_only", "compile")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int | float) and not value >= 0:
+                raise UserError(f"--{name} {value}: it cannot be negative")
+            if value == 0 and name not in may_be_0 and not name.endswith("_every"):
+                raise UserError(f"--{name} 0: it must be more")
+        if self.n_embd % self.n_head:
+            works = max(h for h in range(1, self.n_head) if self.n_embd % h == 0)
+            what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
+            raise UserError(f"{what}; try --n_head {works}")
+
+
+# Layers, heads, channels: GPT-2 paper, table 2. Batch (0.5M and 1M, as powers of two) and learning
+# rate: GPT-3 paper, table 2.1, the row of the nearest size. Context: GPT-2's, and GPT-3's for gpt3.
+COLUMNS = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens", "learning_rate")
+ROWS = {
+    "gpt2": (12, 12, 768, 1024, 2**19, 6.0e-4),
+    "gpt2-medium": (24, 16, 1024, 1024, 2**19, 3.0e-4),
+    "gpt2-large": (36, 20, 1280, 1024, 2**19, 2.5e-4),
+    "gpt2-xl": (48, 25, 1600, 1024, 2**20, 2.0e-4),
+    "gpt3": (12, 12, 768, 2048, 2**19, 6.0e-4),
+    "demo": (4, 3, 96, 32, 24 * 32, 4.0e-3),
+}
+PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
+# Ours, by measurement: the fewest bits per byte after three minutes on two CPU cores (README.md).
+PRESETS["demo"] |= dict(max_steps=1000, compile=False)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def read_settings(argv: list[str] | None) -> TrainConfig:
+    """Settings of a command line.
+
+    Raises UserError for a flag or value that does not exist.
+    """
+    parser = OneLineParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(TrainConfig):
+        options = {"type": type(f.default), **f.metadata}
+        if f.type in (bool, bool | None):
+            options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
+        elif f.default:
+            options["help"] += f" (gpt2: {f.default})"
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
+    flags = vars(parser.parse_args(argv))  # what was given, and nothing else
+
+    flags.setdefault("preset", "demo")
+    if flags["preset"] not in PRESETS:
+        raise UserError(f"--preset {flags['preset']}: there are {', '.join(PRESETS)}")
+    return TrainConfig(**{**PRESETS[flags["preset"]], **flags})
+
+
+# --------------------------------------------------------------------------------------------------
+# The network (0:13:47 section 1, the nn.Module; 0:28:08 the published parameters; 0:52:53 cross
+#    entropy; 1:06:14 sharing wte and lm_head; 1:13:47 initialisation; 2:00:18 flash attention)
+# --------------------------------------------------------------------------------------------------
 
 
 class CausalSelfAttention(nn.Module):
@@ -319,28 +409,39 @@ class DataLoaderLite:
 
 
 def main():
-    device, B, T = best_device(), 4, 256
     keep_freed_memory()
+    config, device = read_settings(None), best_device()
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it: 10 bits of mantissa
-    torch.manual_seed(1337)
-    model = GPT(GPTConfig()).to(device)
-    if "compile" in sys.argv:
-        model.compile()  # in place: the parameters keep their names
-    loader = DataLoaderLite(read_text(), B, T)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for step in range(6):
+    torch.manual_seed(config.seed)
+    sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
+    model = GPT(GPTConfig(**sizes)).to(device)
+    if config.compile:
+        model.compile()
+    T = config.seq_len
+    loader = DataLoaderLite(read_text(), config.batch_tokens // T, T)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, betas=(0.9, 0.95), eps=1e-8
+    )
+    for step in range(config.max_steps):
         began = time.perf_counter()
         x, y = (t.to(device) for t in loader.batch(step))
         with autocast(device):
             loss = model(x, y)
         loss.backward()
+        # An unlucky batch can have a huge gradient; it is cut, so that it does not shake the network.
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         synchronize(device)
         seconds = time.perf_counter() - began
-        line = f"step {step:2d} | loss {loss.item():.4f} | {1000 * seconds:.0f} ms"
-        print(f"{line} | {B * T / seconds:,.0f} tokens/s", flush=True)
+        line = f"step {step:4d} | loss {loss.item():.4f} | norm {norm:.2f}"
+        if step % 10 == 9 or step == 0:
+            print(f"{line} | {1000 * seconds:.0f} ms", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"train_gpt2.py: {error}", file=sys.stderr)
+        sys.exit(2)
