@@ -44,6 +44,10 @@ def setting(default, help: str, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
+def auto_or_number(text: str) -> int:
+    return 0 if text == "auto" else int(text)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What the run does. The defaults are the preset "gpt2": the lecture's run.
@@ -62,6 +66,7 @@ class TrainConfig:
     seq_len: int = setting(1024, "tokens in a sequence")  # GPT-2 paper, section 2.3
 
     batch_tokens: int = setting(2**19, "tokens in an update")  # GPT-3 paper, table 2.1: 0.5M
+    micro_batch: int = setting(0, "sequences a device takes at once, or auto", type=auto_or_number)
     max_steps: int = setting(0, "updates, whatever --epochs says (0: as --epochs says)")
     learning_rate: float = setting(6e-4, "at its highest")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "last learning rate / highest")  # GPT-3 paper, appendix B
@@ -364,12 +369,6 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else mps
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device: a GPU only queues what it is told to do."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def autocast(device: str):
     """Matrix products in bfloat16; parameters, sums, norms and softmax stay in float32."""
     return torch.autocast(device, torch.bfloat16)
@@ -411,6 +410,20 @@ class DataLoaderLite:
         return piece[:-1].view(self.B, self.T), piece[1:].view(self.B, self.T)
 
 
+def choose_micro_batch(config: TrainConfig) -> int:
+    """How many sequences a device takes at a time: --micro_batch, or all.
+
+    Raises UserError, naming a batch that works, where the batch cannot be cut so.
+    """
+    unit = (config.micro_batch or 1) * config.seq_len
+    if config.batch_tokens % unit:
+        works = max(1, round(config.batch_tokens / unit)) * unit
+        what = ("micro_batch * " if config.micro_batch else "") + f"seq_len = {unit}"
+        what = f"--batch_tokens {config.batch_tokens} is not a multiple of {what}"
+        raise UserError(f"{what}; try {works}")
+    return config.micro_batch or config.batch_tokens // config.seq_len
+
+
 # --------------------------------------------------------------------------------------------------
 # The optimiser and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 weight decay,
 #    fused AdamW)
@@ -442,6 +455,28 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
     return lowest + (config.learning_rate - lowest) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+# --------------------------------------------------------------------------------------------------
+# The training step (2:14:55 gradient clipping; 2:34:09 gradient accumulation)
+# --------------------------------------------------------------------------------------------------
+
+
+def train_step(model, optimizer, batch, lr, config, device) -> tuple[float, float]:
+    """One update -> the mean loss of the whole batch, and the gradient's norm before clipping."""
+    inputs, targets = batch  # (micro-steps, B, T) each
+    total = 0.0
+    for x, y in zip(inputs, targets, strict=True):
+        with autocast(device):
+            loss = model(x, y) / len(inputs)  # a mean of the parts' means
+        loss.backward()  # adds to the gradients of the parts before
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(total), float(norm)
+
+
 def main():
     keep_freed_memory()
     config, device = read_settings(None), best_device()
@@ -451,27 +486,25 @@ def main():
     model = GPT(GPTConfig(**sizes)).to(device)
     if config.compile:
         model.compile()
-    T = config.seq_len
-    loader = DataLoaderLite(read_text(), config.batch_tokens // T, T)
+    B, T = choose_micro_batch(config), config.seq_len
+    loader = DataLoaderLite(read_text(), B, T)
     optimizer = make_optimizer(model, config)
+    micro_steps = config.batch_tokens // (B * T)
     for step in range(config.max_steps):
         began = time.perf_counter()
-        x, y = (t.to(device) for t in loader.batch(step))
-        with autocast(device):
-            loss = model(x, y)
-        loss.backward()
-        # An unlucky batch can have a huge gradient; it is cut, so that it does not shake the network.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        seen, total = (step + 1) * config.batch_tokens, config.max_steps * config.batch_tokens
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(seen, total, config)
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(device)
+        lr = learning_rate(
+            (step + 1) * config.batch_tokens, config.max_steps * config.batch_tokens, config
+        )
+        parts = zip(
+            *(loader.batch(m) for m in range(step * micro_steps, (step + 1) * micro_steps)),
+            strict=True,
+        )
+        batch = [torch.stack(part).to(device) for part in parts]  # (micro-steps, B, T) each
+        loss, norm = train_step(model, optimizer, batch, lr, config, device)
         seconds = time.perf_counter() - began
-        line = f"step {step:4d} | loss {loss.item():.4f} | norm {norm:.2f} | lr {optimizer.param_groups[0]['lr']:.1e}"
         if step % 10 == 9 or step == 0:
-            print(f"{line} | {1000 * seconds:.0f} ms", flush=True)
+            line = f"step {step:4d} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e}"
+            print(f"{line} | {len(batch[0])} micro-steps | {1000 * seconds:.0f} ms", flush=True)
 
 
 if __name__ == "__main__":
