@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -67,12 +68,15 @@ class TrainConfig:
 
     batch_tokens: int = setting(2**19, "tokens in an update")  # GPT-3 paper, table 2.1: 0.5M
     micro_batch: int = setting(0, "sequences a device takes at once, or auto", type=auto_or_number)
+    epochs: float = setting(1.0, "passes over the training data")  # the lecture
     max_steps: int = setting(0, "updates, whatever --epochs says (0: as --epochs says)")
     learning_rate: float = setting(6e-4, "at its highest")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "last learning rate / highest")  # GPT-3 paper, appendix B
     warmup_tokens: int = setting(375_000_000, "tokens to the highest rate")  # GPT-3, appendix B
     weight_decay: float = setting(0.1, "of matrices and embeddings")  # GPT-3 paper, appendix B
     grad_clip: float = setting(1.0, "highest norm of the gradient (0: any)")  # GPT-3, appendix B
+    # GPT-3's batch grows over its first 4 to 12 billion tokens. The lecture leaves that out.
+    batch_ramp_tokens: int = setting(0, "tokens while the batch grows from 1/16 (0: it does not)")
 
     def __post_init__(self):
         may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
@@ -410,6 +414,29 @@ class DataLoaderLite:
         return piece[:-1].view(self.B, self.T), piece[1:].view(self.B, self.T)
 
 
+def step_starts(config: TrainConfig, epoch_sequences: int) -> np.ndarray:
+    """Step s trains on sequences starts[s] .. starts[s + 1] - 1 of the run: steps + 1 numbers.
+
+    The run ends after the last whole batch of its epochs, or after --max_steps.
+    """
+    full = config.batch_tokens // config.seq_len
+    end = math.inf if config.max_steps else config.epochs * epoch_sequences
+    starts = [0]
+    while not config.max_steps or len(starts) <= config.max_steps:
+        size, tokens = full, starts[-1] * config.seq_len
+        if tokens < config.batch_ramp_tokens:
+            # GPT-3's line from 1/16 to 1, rounded down to doublings: torch.compile sees few shapes.
+            line = 1 / 16 + 15 / 16 * tokens / config.batch_ramp_tokens
+            size = next(full >> k for k in range(5) if 0.5**k <= line)
+        if starts[-1] + size > end:
+            break
+        starts.append(starts[-1] + size)
+    if len(starts) == 1:
+        have = int(config.epochs * epoch_sequences) * config.seq_len
+        raise UserError(f"{have} tokens of training data make no batch; try --batch_tokens {have}")
+    return np.array(starts)
+
+
 def choose_micro_batch(config: TrainConfig) -> int:
     """How many sequences a device takes at a time: --micro_batch, or all.
 
@@ -421,6 +448,10 @@ def choose_micro_batch(config: TrainConfig) -> int:
         what = ("micro_batch * " if config.micro_batch else "") + f"seq_len = {unit}"
         what = f"--batch_tokens {config.batch_tokens} is not a multiple of {what}"
         raise UserError(f"{what}; try {works}")
+    rows = config.batch_tokens // config.seq_len
+    if config.batch_ramp_tokens and rows % 16:
+        works = math.ceil(rows / 16) * 16 * config.seq_len
+        raise UserError(f"--batch_ramp_tokens needs 1/16 of a batch; try --batch_tokens {works}")
     return config.micro_batch or config.batch_tokens // config.seq_len
 
 
@@ -489,15 +520,12 @@ def main():
     B, T = choose_micro_batch(config), config.seq_len
     loader = DataLoaderLite(read_text(), B, T)
     optimizer = make_optimizer(model, config)
-    micro_steps = config.batch_tokens // (B * T)
-    for step in range(config.max_steps):
+    starts = step_starts(config, loader.epoch_steps * B)
+    for step in range(len(starts) - 1):
         began = time.perf_counter()
-        lr = learning_rate(
-            (step + 1) * config.batch_tokens, config.max_steps * config.batch_tokens, config
-        )
+        lr = learning_rate(int(starts[step + 1]) * T, int(starts[-1]) * T, config)
         parts = zip(
-            *(loader.batch(m) for m in range(step * micro_steps, (step + 1) * micro_steps)),
-            strict=True,
+            *(loader.batch(m) for m in range(starts[step] // B, starts[step + 1] // B)), strict=True
         )
         batch = [torch.stack(part).to(device) for part in parts]  # (micro-steps, B, T) each
         loss, norm = train_step(model, optimizer, batch, lr, config, device)
