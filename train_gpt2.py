@@ -1,6 +1,7 @@
 """Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
 
     python train_gpt2.py --max_steps 100    # --help lists the settings
+    torchrun --standalone --nproc_per_node=2 train_gpt2.py --max_steps 100
 
 Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
 V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
@@ -10,16 +11,20 @@ import argparse
 import ctypes
 import dataclasses
 import math
+import os
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
 from fineweb import UserError
@@ -59,6 +64,8 @@ class TrainConfig:
     preset: str = setting("", "a row of the presets; flags win over it")
 
     seed: int = setting(1337, "of first weights, order of the data, and samples")  # the lecture
+    device: str = setting("auto", "cuda, mps or cpu")
+    dtype: str = setting("auto", "of matrix products: bfloat16, float16 or float32")
     compile: bool | None = setting(None, "torch.compile (default: where it works)")
 
     n_layer: int = setting(12, "layers")  # GPT-2 paper, table 2
@@ -86,6 +93,8 @@ class TrainConfig:
                 raise UserError(f"--{name} {value}: it cannot be negative")
             if value == 0 and name not in may_be_0 and not name.endswith("_every"):
                 raise UserError(f"--{name} 0: it must be more")
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise UserError(f"--dtype {self.dtype}: choose auto, bfloat16, float16 or float32")
         if self.n_embd % self.n_head:
             works = max(h for h in range(1, self.n_head) if self.n_embd % h == 0)
             what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
@@ -364,18 +373,72 @@ def show_samples(model, prompt: str, max_new_tokens: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The machine (0:41:47 the device; 1:28:14 timing, TF32; 1:39:38 bfloat16; 1:48:15 compile)
+# The machine (0:41:47 the device; 1:28:14 TF32; 1:39:38 bfloat16, float16;
+#    1:48:15 torch.compile; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
 
 
-def best_device() -> str:
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return "cuda" if torch.cuda.is_available() else mps
+class Runtime:
+    """Where this process runs: as number `rank` of `world` that train together, on one device.
 
+    torchrun starts the processes and tells each its number; without it there is one, with number 0.
+    Raises UserError when the device cannot be used.
+    """
 
-def autocast(device: str):
-    """Matrix products in bfloat16; parameters, sums, norms and softmax stay in float32."""
-    return torch.autocast(device, torch.bfloat16)
+    def __init__(self, config: TrainConfig):
+        self.rank, self.world = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+        self.kind = config.device
+        if self.kind == "auto":
+            mps = "mps" if torch.backends.mps.is_available() else "cpu"
+            self.kind = "cuda" if torch.cuda.is_available() else mps
+        try:
+            index = os.getenv("LOCAL_RANK", "0")
+            self.device = torch.device(f"cuda:{index}" if self.kind == "cuda" else self.kind)
+            torch.zeros(1, device=self.device)
+        except Exception as error:  # torch says "not here" with many types
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--device {self.kind} cannot be used: {reason}") from None
+        if self.kind == "cuda":
+            torch.cuda.set_device(self.device)
+        self.dtype = getattr(torch, self.best_dtype() if config.dtype == "auto" else config.dtype)
+        # TF32: the products that stay in float32 run on tensor cores with 10 bits of mantissa.
+        torch.set_float32_matmul_precision("high" if self.kind == "cuda" else "highest")
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.kind == "cuda" else "gloo")
+
+    def best_dtype(self) -> str:
+        if self.kind == "cuda":  # tensor cores know bfloat16 from Ampere on, before it only float16
+            ampere = torch.cuda.get_device_capability(self.device) >= (8, 0)
+            return "bfloat16" if ampere else "float16"
+        can = torch.cpu.get_capabilities() if self.kind == "cpu" else {}
+        return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+
+    def autocast(self):
+        """Matrix products in self.dtype; parameters, sums, norms and softmax stay in float32."""
+        half = self.dtype != torch.float32
+        return torch.autocast(self.kind, self.dtype) if half else nullcontext()
+
+    def print(self, *args) -> None:
+        if self.rank == 0:
+            print(*args, flush=True)
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each value over all processes, which by this wait for each other."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def mean(self, value: float) -> float:
+        return self.sum(value)[0] / self.world
+
+    def barrier(self) -> None:
+        self.sum(0.0)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -387,8 +450,25 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this at the heap's end is given back
 
 
+def compile_in_place(model: GPT, config: TrainConfig, runtime: Runtime) -> str:
+    """torch.compile what model(...) runs, if it can be -> "compiled" or "eager".
+
+    In place, so that the parameters keep their names. model.forward and model.hidden stay eager,
+    and with them all that meets ever new shapes: samples, HellaSwag, the end of the validation.
+    """
+    if config.compile is False or (config.compile is None and runtime.kind == "mps"):
+        return "eager"
+    try:  # compile something small: the only sure sign that Triton or a C++ compiler works
+        torch.compile(torch.sin)(torch.zeros(8, device=runtime.device))
+    except Exception:  # each of the compiler's parts fails with its own type
+        runtime.print("torch.compile finds no working compiler here: eager it is, only slower")
+        return "eager"
+    model.compile()
+    return "compiled"
+
+
 # --------------------------------------------------------------------------------------------------
-# The data (0:45:50 batches; 1:02:00 data loader lite)
+# The data (0:45:50 batches; 1:02:00 data loader lite; 2:34:09 micro-steps; 2:46:52 processes)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -399,19 +479,33 @@ def read_text() -> torch.Tensor:
 
 
 class DataLoaderLite:
-    """Batches of B sequences of T tokens as they stand in a text: batch s is its s-th piece."""
+    """Sequences of T tokens as they stand in a text, and batches as a pure function of the step.
 
-    def __init__(self, tokens: torch.Tensor, B: int, T: int):
-        self.tokens, self.B, self.T = tokens, B, T
-        self.epoch_steps = (len(tokens) - 1) // (B * T)
+    No position is remembered, so processes cannot drift apart.
+    """
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of a step, (B, T) each. It is a function of the step: no position is
-        kept, so none can be lost."""
-        size = self.B * self.T
-        first = step % self.epoch_steps * size
-        piece = self.tokens[first : first + size + 1]
-        return piece[:-1].view(self.B, self.T), piece[1:].view(self.B, self.T)
+    def __init__(self, tokens: torch.Tensor, seq_len: int):
+        self.tokens, self.seq_len = tokens, seq_len
+        self.epoch_sequences = (len(tokens) - 1) // seq_len
+
+    def sequences(self, first: int, count: int) -> torch.Tensor:
+        """Sequences first .. first + count - 1 -> (count, T + 1)."""
+        at = [g % self.epoch_sequences * self.seq_len for g in range(first, first + count)]
+        return torch.stack([self.tokens[i : i + self.seq_len + 1] for i in at])
+
+    def batch(self, starts, step: int, micro_batch: int, runtime: Runtime):
+        """This process's part of a step: inputs and targets, (micro-steps, B, T) each."""
+        tokens = self.read(starts, step, micro_batch, runtime)
+        tokens = tokens.to(runtime.device, non_blocking=True)
+        return tokens[..., :-1], tokens[..., 1:]
+
+    def read(self, starts, step, micro_batch, runtime):
+        first, rows = starts[step], (starts[step + 1] - starts[step]) // runtime.world
+        B = min(micro_batch, rows)
+        # Micro-step m of process r takes the B sequences from (m world + r) B on.
+        turns = range(runtime.rank, runtime.world * rows // B, runtime.world)
+        tokens = torch.stack([self.sequences(first + i * B, B) for i in turns])
+        return tokens.pin_memory() if runtime.kind == "cuda" else tokens
 
 
 def step_starts(config: TrainConfig, epoch_sequences: int) -> np.ndarray:
@@ -437,22 +531,47 @@ def step_starts(config: TrainConfig, epoch_sequences: int) -> np.ndarray:
     return np.array(starts)
 
 
-def choose_micro_batch(config: TrainConfig) -> int:
-    """How many sequences a device takes at a time: --micro_batch, or all.
+def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int:
+    """How many sequences a device takes at a time: --micro_batch, or the most that fit.
 
     Raises UserError, naming a batch that works, where the batch cannot be cut so.
     """
-    unit = (config.micro_batch or 1) * config.seq_len
+    unit = (config.micro_batch or 1) * config.seq_len * runtime.world
     if config.batch_tokens % unit:
         works = max(1, round(config.batch_tokens / unit)) * unit
-        what = ("micro_batch * " if config.micro_batch else "") + f"seq_len = {unit}"
+        what = ("micro_batch * " if config.micro_batch else "") + f"seq_len * processes = {unit}"
         what = f"--batch_tokens {config.batch_tokens} is not a multiple of {what}"
         raise UserError(f"{what}; try {works}")
-    rows = config.batch_tokens // config.seq_len
+    rows = config.batch_tokens // (config.seq_len * runtime.world)
     if config.batch_ramp_tokens and rows % 16:
-        works = math.ceil(rows / 16) * 16 * config.seq_len
+        works = math.ceil(rows / 16) * 16 * config.seq_len * runtime.world
         raise UserError(f"--batch_ramp_tokens needs 1/16 of a batch; try --batch_tokens {works}")
-    return config.micro_batch or config.batch_tokens // config.seq_len
+    if config.micro_batch:
+        return config.micro_batch
+    sizes = [rows >> k for k in range(20) if rows % (1 << k) == 0]  # all, a half, a quarter, ...
+    if runtime.kind != "cuda":  # where nothing says "too much" in time, and more is no faster
+        return next((n for n in sizes if n * config.seq_len <= 8192), sizes[-1])
+    for size in sizes:
+        if runtime.mean(step_fits(size, config, model, runtime)) == 1:
+            return size
+    raise UserError("the GPU's memory holds not one sequence; try a smaller --seq_len or --preset")
+
+
+def step_fits(size: int, config: TrainConfig, model: GPT, runtime: Runtime) -> bool:
+    """Whether an eager forward and backward pass of `size` sequences fits beside all the rest."""
+    try:
+        # The rest: AdamW's two averages, and DDP's buckets of gradients.
+        rest = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        tokens = torch.zeros(size, config.seq_len, dtype=torch.long, device=runtime.device)
+        with runtime.autocast():
+            model.forward(tokens, tokens).backward()
+        return len(rest) > 0
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        rest = tokens = None
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -487,52 +606,62 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# The training step (2:14:55 gradient clipping; 2:34:09 gradient accumulation)
+# The training step (2:14:55 gradient clipping; 2:34:09 gradient accumulation; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
 
 
-def train_step(model, optimizer, batch, lr, config, device) -> tuple[float, float]:
-    """One update -> the mean loss of the whole batch, and the gradient's norm before clipping."""
+def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tuple[float, float]:
+    """One update -> the mean loss of the whole batch, and the gradient's norm before clipping.
+
+    `ddp` is the model, wrapped in DistributedDataParallel if there are several processes.
+    """
     inputs, targets = batch  # (micro-steps, B, T) each
     total = 0.0
-    for x, y in zip(inputs, targets, strict=True):
-        with autocast(device):
-            loss = model(x, y) / len(inputs)  # a mean of the parts' means
-        loss.backward()  # adds to the gradients of the parts before
+    for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+        # DDP averages gradients over the processes during backward: needed once, at the last one.
+        waiting = ddp is not model and m < len(inputs) - 1
+        with ddp.no_sync() if waiting else nullcontext():
+            with runtime.autocast():
+                loss = ddp(x, y) / len(inputs)  # a mean of the parts' means
+            scaler.scale(loss).backward()
         total += loss.detach()
+    scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    scaler.step(optimizer)  # float16 overflows now and then: the scaler then leaves this update out
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return float(total), float(norm)
+    return runtime.mean(float(total)), float(norm)
 
 
 def main():
     keep_freed_memory()
-    config, device = read_settings(None), best_device()
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it: 10 bits of mantissa
+    config = read_settings(None)
+    runtime = Runtime(config)
     torch.manual_seed(config.seed)
     sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
-    model = GPT(GPTConfig(**sizes)).to(device)
-    if config.compile:
-        model.compile()
-    B, T = choose_micro_batch(config), config.seq_len
-    loader = DataLoaderLite(read_text(), B, T)
+    model = GPT(GPTConfig(**sizes)).to(runtime.device)
+    loader = DataLoaderLite(read_text(), config.seq_len)
+    starts = step_starts(config, loader.epoch_sequences)
+    micro_batch = choose_micro_batch(config, model, runtime)
     optimizer = make_optimizer(model, config)
-    starts = step_starts(config, loader.epoch_steps * B)
-    for step in range(len(starts) - 1):
-        began = time.perf_counter()
-        lr = learning_rate(int(starts[step + 1]) * T, int(starts[-1]) * T, config)
-        parts = zip(
-            *(loader.batch(m) for m in range(starts[step] // B, starts[step + 1] // B)), strict=True
-        )
-        batch = [torch.stack(part).to(device) for part in parts]  # (micro-steps, B, T) each
-        loss, norm = train_step(model, optimizer, batch, lr, config, device)
+    scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
+    how = compile_in_place(model, config, runtime)
+    runtime.print(f"{runtime.world} x {runtime.kind}, {runtime.dtype}, {how}")
+    # Only the training step calls the wrapped network: the parameters keep their names.
+    ddp = DistributedDataParallel(model) if runtime.world > 1 else model
+    steps = len(starts) - 1
+    for step in range(steps):
+        began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
+        lr = learning_rate(tokens, int(starts[-1]) * config.seq_len, config)
+        batch = loader.batch(starts, step, micro_batch, runtime)
+        loss, norm = train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime)
         seconds = time.perf_counter() - began
         if step % 10 == 9 or step == 0:
             line = f"step {step:4d} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e}"
-            print(f"{line} | {len(batch[0])} micro-steps | {1000 * seconds:.0f} ms", flush=True)
+            runtime.print(f"{line} | {1000 * seconds:.0f} ms")
+    runtime.close()
 
 
 if __name__ == "__main__":
