@@ -10,11 +10,13 @@ V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
 import argparse
 import ctypes
 import dataclasses
+import functools
 import math
 import os
 import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +64,7 @@ class TrainConfig:
     """
 
     preset: str = setting("", "a row of the presets; flags win over it")
+    data: str = setting("", "a folder of shards, or a text whose last 10%% are for validation")
 
     seed: int = setting(1337, "of first weights, order of the data, and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu")
@@ -122,8 +125,8 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
-def read_settings(argv: list[str] | None) -> TrainConfig:
-    """Settings of a command line.
+def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
+    """Settings of a command line, the names that it gives, and why it has this preset.
 
     Raises UserError for a flag or value that does not exist.
     """
@@ -137,10 +140,18 @@ def read_settings(argv: list[str] | None) -> TrainConfig:
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
     flags = vars(parser.parse_args(argv))  # what was given, and nothing else
 
-    flags.setdefault("preset", "demo")
+    here, why = Path(__file__).parent, "as --preset says"
+    if "preset" not in flags:
+        found = bool(fineweb.list_shards(here / "edu_fineweb10B", "train"))
+        flags["preset"] = "gpt2" if found else "demo"
+        why = "edu_fineweb10B holds shards; --preset demo is the small one"
+        if not found:
+            why = "no shards in edu_fineweb10B; python fineweb.py makes them, for GPT-2 (124M)"
     if flags["preset"] not in PRESETS:
         raise UserError(f"--preset {flags['preset']}: there are {', '.join(PRESETS)}")
-    return TrainConfig(**{**PRESETS[flags["preset"]], **flags})
+    default_data = "input.txt" if flags["preset"] == "demo" else "edu_fineweb10B"
+    settings = {"data": str(here / default_data), **PRESETS[flags["preset"]], **flags}
+    return TrainConfig(**settings), set(flags), why
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,34 +479,102 @@ def compile_in_place(model: GPT, config: TrainConfig, runtime: Runtime) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# The data (0:45:50 batches; 1:02:00 data loader lite; 2:34:09 micro-steps; 2:46:52 processes)
+# The data (0:45:50 batches; 1:02:00 data loader lite; 2:34:09 micro-steps; 2:46:52 processes;
+#    3:10:21 FineWeb-Edu)
 # --------------------------------------------------------------------------------------------------
 
 
-def read_text() -> torch.Tensor:
-    """The tokens of input.txt (N)."""
-    text = (Path(__file__).parent / "input.txt").read_text()
-    return torch.tensor(fineweb.gpt2_tokenizer().encode_ordinary(text))
+def open_data(path: str, runtime: Runtime) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Training and validation shards, (N,) uint16 tokens each, of a folder of shards or a text.
+
+    Raises UserError, naming the file, for what cannot be trained on.
+    """
+    if Path(path).is_dir():
+        train, val = (fineweb.list_shards(path, split) for split in ("train", "val"))
+        if not train or not val:
+            what = f"no shard has {'val' if train else 'train'} in its name"
+            raise UserError(f"--data {path}: {what}; python fineweb.py --help says how to make it")
+        manifest = fineweb.read_manifest(path)
+        if manifest and not manifest["complete"]:
+            runtime.print(f"warning: {path} is incomplete; its fineweb.py command goes on with it")
+        return [fineweb.open_shard(p) for p in train], [fineweb.open_shard(p) for p in val]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        hint = "python fineweb.py makes edu_fineweb10B; --preset demo needs only input.txt"
+        raise UserError(f"--data {path} does not exist; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path} is no UTF-8 text: {error}") from None
+    encode, cut = fineweb.gpt2_tokenizer().encode_ordinary, int(0.9 * len(text))
+    return tuple([np.array(encode(part), np.uint16)] for part in (text[:cut], text[cut:]))
+
+
+def read_tokens(shard: np.ndarray, first: int, count: int) -> np.ndarray:
+    """shard[first : first + count]. Raises UserError where the file is no longer what it was."""
+    name = getattr(shard, "filename", "the text")  # only of memory-mapped files
+    try:  # the size first: a mapped page that is gone from its file kills the process wordlessly
+        if isinstance(shard, np.memmap) and os.stat(name).st_size < shard.offset + shard.nbytes:
+            raise UserError(f"shard {name} was cut short during the run; put it back and --resume")
+    except OSError as error:
+        raise UserError(f"shard {name}: {error.strerror}; put it back and --resume") from None
+    tokens = shard[first : first + count]
+    if tokens.max() >= fineweb.VOCAB_SIZE:
+        what = f"shard {name} holds id {tokens.max()} at token {first + tokens.argmax()}"
+        raise UserError(f"{what}, above GPT-2's last, {fineweb.END_OF_TEXT}; make it again")
+    return tokens
+
+
+@functools.lru_cache(maxsize=8)
+def permutation(size: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(size)
 
 
 class DataLoaderLite:
-    """Sequences of T tokens as they stand in a text, and batches as a pure function of the step.
+    """Batches as a pure function of (seed, step).
 
-    No position is remembered, so processes cannot drift apart.
+    It remembers no position. So processes cannot drift apart, resuming takes only the step, and the
+    batches are the same for any number of processes and any micro-batch.
+
+    Sequence i of a shard is its tokens i T .. (i + 1) T: T inputs, and the targets one further on.
+    Sequence g of the run is in epoch g // epoch_sequences; every epoch takes the shards, and each
+    shard's sequences, in an order of its own. With seed None all are taken as they stand.
     """
 
-    def __init__(self, tokens: torch.Tensor, seq_len: int):
-        self.tokens, self.seq_len = tokens, seq_len
-        self.epoch_sequences = (len(tokens) - 1) // seq_len
+    def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None):
+        self.shards, self.seq_len, self.seed = shards, seq_len, seed
+        self.counts = np.array([max(0, len(shard) - 1) // seq_len for shard in shards])
+        self.epoch_sequences = int(self.counts.sum())
+        self.thread, self.next = ThreadPoolExecutor(1), {}
+        if not self.epoch_sequences:
+            most = max(map(len, shards)) - 1
+            hint = f"try --seq_len {most}" if most > 0 else "give more text"
+            raise UserError(f"the data has no sequence of {seq_len} + 1 tokens; {hint}")
 
-    def sequences(self, first: int, count: int) -> torch.Tensor:
-        """Sequences first .. first + count - 1 -> (count, T + 1)."""
-        at = [g % self.epoch_sequences * self.seq_len for g in range(first, first + count)]
-        return torch.stack([self.tokens[i : i + self.seq_len + 1] for i in at])
+    def order(self, size: int, *which: int) -> np.ndarray:
+        return np.arange(size) if self.seed is None else permutation(size, self.seed, *which)
+
+    def sequences(self, first: int, count: int) -> np.ndarray:
+        """The run's sequences first .. first + count - 1 -> (count, T + 1) int64 tokens."""
+        rows = np.empty((count, self.seq_len + 1), np.int64)
+        for row, g in zip(rows, range(first, first + count), strict=True):
+            epoch, g = divmod(g, self.epoch_sequences)
+            shards = self.order(len(self.shards), epoch)
+            ends = np.cumsum(self.counts[shards])  # where each shard's sequences end in the epoch
+            place = np.searchsorted(ends, g, side="right")
+            shard = shards[place]
+            i = self.order(self.counts[shard], epoch, 1 + shard)[g - ends[place]]  # from its end
+            row[:] = read_tokens(self.shards[shard], i * self.seq_len, self.seq_len + 1)
+        return rows
 
     def batch(self, starts, step: int, micro_batch: int, runtime: Runtime):
-        """This process's part of a step: inputs and targets, (micro-steps, B, T) each."""
-        tokens = self.read(starts, step, micro_batch, runtime)
+        """This process's part of a step: inputs and targets, (micro-steps, B, T) each.
+
+        A thread reads the next step's part meanwhile.
+        """
+        read = functools.partial(self.read, starts, micro_batch=micro_batch, runtime=runtime)
+        tokens = (self.next.pop(step, None) or self.thread.submit(read, step)).result()
+        if step + 2 < len(starts):
+            self.next = {step + 1: self.thread.submit(read, step + 1)}
         tokens = tokens.to(runtime.device, non_blocking=True)
         return tokens[..., :-1], tokens[..., 1:]
 
@@ -504,7 +583,7 @@ class DataLoaderLite:
         B = min(micro_batch, rows)
         # Micro-step m of process r takes the B sequences from (m world + r) B on.
         turns = range(runtime.rank, runtime.world * rows // B, runtime.world)
-        tokens = torch.stack([self.sequences(first + i * B, B) for i in turns])
+        tokens = torch.from_numpy(np.stack([self.sequences(first + i * B, B) for i in turns]))
         return tokens.pin_memory() if runtime.kind == "cuda" else tokens
 
 
@@ -637,12 +716,14 @@ def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tup
 
 def main():
     keep_freed_memory()
-    config = read_settings(None)
+    config, _, why = read_settings(None)
     runtime = Runtime(config)
+    runtime.print(f"preset {config.preset}: {why}")
+    train_shards, _ = open_data(config.data, runtime)
     torch.manual_seed(config.seed)
     sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
     model = GPT(GPTConfig(**sizes)).to(runtime.device)
-    loader = DataLoaderLite(read_text(), config.seq_len)
+    loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
     starts = step_starts(config, loader.epoch_sequences)
     micro_batch = choose_micro_batch(config, model, runtime)
     optimizer = make_optimizer(model, config)
