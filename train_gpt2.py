@@ -88,6 +88,9 @@ class TrainConfig:
     # GPT-3's batch grows over its first 4 to 12 billion tokens. The lecture leaves that out.
     batch_ramp_tokens: int = setting(0, "tokens while the batch grows from 1/16 (0: it does not)")
 
+    val_every: int = setting(250, "steps between validation losses (0: never)")  # the lecture
+    val_tokens: int = setting(10 * 2**20, "tokens of the validation data to read")  # ours
+
     def __post_init__(self):
         may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
         may_be_0 += ("grad_clip", "batch_ramp_tokens", "seed", "resume", "eval_only", "compile")
@@ -117,7 +120,7 @@ ROWS = {
 }
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
 # Ours, by measurement: the fewest bits per byte after three minutes on two CPU cores (README.md).
-PRESETS["demo"] |= dict(max_steps=1000, warmup_tokens=77_000, compile=False)
+PRESETS["demo"] |= dict(max_steps=1000, warmup_tokens=77_000, compile=False, val_every=250)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -714,18 +717,50 @@ def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tup
     return runtime.mean(float(total)), float(norm)
 
 
+# --------------------------------------------------------------------------------------------------
+# Validation (3:23:10 validation split and loss)
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float, float]:
+    """The mean loss in nats a token, and bits a byte, of the loader's first --val_tokens tokens.
+
+    The tokens are the same for any batch and number of processes, so that any two runs compare.
+    Bits a byte compare between tokenizers too, since a text has the same bytes for each.
+    """
+    end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
+    nats, tokens, text = 0.0, 0, 0
+    for first in range(runtime.rank * micro_batch, end, runtime.world * micro_batch):
+        rows = loader.sequences(first, min(micro_batch, end - first))
+        rows_there = torch.from_numpy(rows).to(runtime.device)
+        x, y = rows_there[:, :-1], rows_there[:, 1:]
+        forward = model if len(rows) == micro_batch else model.forward  # new shapes run eagerly
+        with runtime.autocast():
+            nats += forward(x, y).item() * y.numel()
+        tokens, text = tokens + y.numel(), text + int(fineweb.token_bytes()[rows[:, 1:]].sum())
+    nats, tokens, text = runtime.sum(nats, tokens, text)
+    return nats / tokens, nats / math.log(2) / max(text, 1)
+
+
+def due(every: int, step: int, steps: int) -> bool:
+    """Whether what happens every so many steps happens now; after the last update all of it does."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
 def main():
     keep_freed_memory()
     config, _, why = read_settings(None)
     runtime = Runtime(config)
     runtime.print(f"preset {config.preset}: {why}")
-    train_shards, _ = open_data(config.data, runtime)
+    train_shards, val_shards = open_data(config.data, runtime)
     torch.manual_seed(config.seed)
     sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
     model = GPT(GPTConfig(**sizes)).to(runtime.device)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
     starts = step_starts(config, loader.epoch_sequences)
     micro_batch = choose_micro_batch(config, model, runtime)
+    val_loader = DataLoaderLite(val_shards, config.seq_len, seed=None)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
     how = compile_in_place(model, config, runtime)
@@ -733,7 +768,12 @@ def main():
     # Only the training step calls the wrapped network: the parameters keep their names.
     ddp = DistributedDataParallel(model) if runtime.world > 1 else model
     steps = len(starts) - 1
-    for step in range(steps):
+    for step in range(steps + 1):  # `step` updates are done
+        if due(config.val_every, step, steps):
+            loss, bits = validation_loss(model, val_loader, config, micro_batch, runtime)
+            runtime.print(f"step {step:4d} | validation loss {loss:.4f} | {bits:.4f} bits per byte")
+        if step == steps:
+            break
         began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
         lr = learning_rate(tokens, int(starts[-1]) * config.seq_len, config)
         batch = loader.batch(starts, step, micro_batch, runtime)
