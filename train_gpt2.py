@@ -65,6 +65,7 @@ class TrainConfig:
 
     preset: str = setting("", "a row of the presets; flags win over it")
     data: str = setting("", "a folder of shards, or a text whose last 10%% are for validation")
+    prompt: str = setting("Hello, I'm a language model,", "what samples begin with")  # the lecture
 
     seed: int = setting(1337, "of first weights, order of the data, and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu")
@@ -90,6 +91,7 @@ class TrainConfig:
 
     val_every: int = setting(250, "steps between validation losses (0: never)")  # the lecture
     val_tokens: int = setting(10 * 2**20, "tokens of the validation data to read")  # ours
+    sample_every: int = setting(250, "steps between samples (0: never)")  # the lecture
 
     def __post_init__(self):
         may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
@@ -120,7 +122,14 @@ ROWS = {
 }
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
 # Ours, by measurement: the fewest bits per byte after three minutes on two CPU cores (README.md).
-PRESETS["demo"] |= dict(max_steps=1000, warmup_tokens=77_000, compile=False, val_every=250)
+PRESETS["demo"] |= dict(
+    max_steps=1000,
+    warmup_tokens=77_000,
+    compile=False,
+    val_every=250,
+    sample_every=500,
+    prompt="First Citizen:\n",
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -170,16 +179,32 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, past=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        # softmax(q k^T / sqrt(D)) v, where a token looks only back. The kernel goes by blocks
-        # ("FlashAttention", 2022): the (B, H, T, T) scores are never in memory.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if past is None:
+            # softmax(q k^T / sqrt(D)) v, where a token looks only back. The kernel goes by blocks
+            # ("FlashAttention", 2022): the (B, H, T, T) scores are never in memory.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = self.continue_past(q, k, v, past)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+
+    def continue_past(self, q, k, v, past):
+        """Attention of T new tokens to those in `past` and to themselves, for sampling.
+
+        `past` is [] before the first token, then [keys, values] of all so far, (B, H, S, D) each;
+        the new ones are added to it.
+        """
+        if past:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        past[:] = k, v
+        T, S = q.size(2), k.size(2)  # new token t is at position S - T + t: it sees that far
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class MLP(nn.Module):
@@ -202,8 +227,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))  # tokens tell each other what they know
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)  # tokens tell each other what they know
         return x + self.mlp(self.ln_2(x))  # and each thinks about it by itself
 
 
@@ -283,12 +308,16 @@ class GPT(nn.Module):
                 if isinstance(module, nn.Linear):
                     module.bias.zero_()
 
-    def hidden(self, tokens):
-        """tokens (B, T) -> (B, T, C), from which lm_head predicts each next token."""
-        positions = torch.arange(tokens.size(1), device=tokens.device)
+    def hidden(self, tokens, cache=None):
+        """tokens (B, T) -> (B, T, C), from which lm_head predicts each next token.
+
+        With `cache`, one list a layer (see continue_past), `tokens` continue what it has seen.
+        """
+        seen = cache[0][0].size(2) if cache and cache[0] else 0
+        positions = torch.arange(seen, seen + tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache[layer] if cache else None)
         return self.transformer.ln_f(x)
 
     def forward(self, tokens, targets=None):
@@ -355,35 +384,36 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sampling (0:33:31 prefix tokens, tokenization; 0:37:02 the sampling loop)
+# Sampling (0:33:31 prefix tokens, tokenization; 0:37:02 the sampling loop; 3:23:10 in training)
 # --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_k=50, seed=42
+    model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_k=50, seed=42, cached=True
 ) -> torch.Tensor:
     """Continue `prompt` (token ids, at least one) -> (samples, len(prompt) + max_new_tokens).
 
     Each token is drawn from the `top_k` likeliest (1: the likeliest itself), with random numbers of
-    its own: training's are left alone.
+    its own: training's are left alone. `cached` keeps the keys and values of what was read, so that
+    a new token costs one pass over itself alone; without it the tokens are the same, only later.
     """
     device, context = model.lm_head.weight.device, model.config.seq_len
     generator = torch.Generator().manual_seed(seed)  # the CPU's: the same draws on every device
     tokens = torch.tensor(prompt, device=device).repeat(samples, 1)  # (T) -> (B, T)
+    cache = [[] for _ in model.transformer.h]
     for _ in range(max_new_tokens):
-        logits = model(tokens[:, -context:])[:, -1].float()  # (B, T) -> (B, T, V) -> (B, V)
+        if cached and tokens.size(1) <= context:
+            seen = cache[0][0].size(2) if cache[0] else 0
+            x = model.hidden(tokens[:, seen:], cache)  # (B, new) -> (B, new, C)
+        else:  # the window slides: each token gets another position, and the cache is worth nothing
+            x = model.hidden(tokens[:, -context:])  # (B, T) -> (B, T, C)
+        logits = model.lm_head(x[:, -1]).float()  # (B, C) -> (B, V)
         logits[:, fineweb.VOCAB_SIZE :] = -torch.inf  # padding: these ids stand for no text
         logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K), likeliest first
         choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
         tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # (B, T + 1)
     return tokens
-
-
-def show_samples(model, prompt: str, max_new_tokens: int) -> None:
-    tokenizer = fineweb.gpt2_tokenizer()
-    for row in generate(model, tokenizer.encode_ordinary(prompt), max_new_tokens).tolist():
-        print(f"---\n{tokenizer.decode(row)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -748,6 +778,20 @@ def due(every: int, step: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
+def show_samples(step, model, config, runtime, max_new_tokens=32) -> None:
+    """Process 0 continues --prompt in four ways; the step is in the seed."""
+    if runtime.rank > 0:
+        return
+    tokenizer = fineweb.gpt2_tokenizer()
+    prompt = tokenizer.encode_ordinary(config.prompt) or [fineweb.END_OF_TEXT]
+    with runtime.autocast():
+        tokens = generate(model, prompt, max_new_tokens, seed=config.seed + step)
+    texts = [tokenizer.decode(row) for row in tokens.tolist()]
+    for text in texts:
+        runtime.print(f"--- sample at step {step}\n{text}")
+    runtime.print("---")
+
+
 def main():
     keep_freed_memory()
     config, _, why = read_settings(None)
@@ -772,6 +816,8 @@ def main():
         if due(config.val_every, step, steps):
             loss, bits = validation_loss(model, val_loader, config, micro_batch, runtime)
             runtime.print(f"step {step:4d} | validation loss {loss:.4f} | {bits:.4f} bits per byte")
+        if due(config.sample_every, step, steps):
+            show_samples(step, model, config, runtime)
         if step == steps:
             break
         began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
