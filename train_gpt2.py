@@ -1,19 +1,40 @@
-"""Train GPT-2 (124M) from an empty file, by the lecture "Let's reproduce GPT-2 (124M)".
+"""Train GPT-2 (124M) from an empty file: network, data, optimiser and the run, in one script.
 
-    python train_gpt2.py --max_steps 100    # --help lists the settings
-    torchrun --standalone --nproc_per_node=2 train_gpt2.py --max_steps 100
+It follows the lecture "Let's reproduce GPT-2 (124M)" and is meant to be read from top to bottom:
+each section uses only what stands above it, and its banner names the lecture's chapters it covers.
 
-Single letters are sizes: B batch, T time (tokens in a sequence), C channels, H heads, D = C / H,
-V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
+    python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
+    python fineweb.py                                       # once: the real data, 20 GB of disk
+    python train_gpt2.py --preset gpt2                      # one GPU: about two days
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs: overnight
+    python train_gpt2.py --init_from log --eval_only --prompt "Once upon a time"
+
+Contents
+     1. Settings
+     2. The network
+     3. Sampling
+     4. The machine
+     5. The data
+     6. The optimiser and its schedule
+     7. The training step
+     8. Validation
+     9. Records and checkpoints
+    10. The run
+
+Single letters are sizes: B batch (sequences), T time (tokens in a sequence), C channels, H heads,
+D = C / H, V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
 """
 
 import argparse
 import ctypes
 import dataclasses
 import functools
+import json
 import math
 import os
 import platform
+import shlex
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +53,7 @@ import fineweb
 from fineweb import UserError
 
 # --------------------------------------------------------------------------------------------------
-# Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
+# 1. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +86,10 @@ class TrainConfig:
 
     preset: str = setting("", "a row of the presets; flags win over it")
     data: str = setting("", "a folder of shards, or a text whose last 10%% are for validation")
+    out_dir: str = setting("log", "the folder of metrics.jsonl and the checkpoints")
+    init_from: str = setting("", "gpt2[-medium, -large, -xl], a transformers folder, a checkpoint")
+    resume: bool = setting(False, "go on from the newest checkpoint in --out_dir")
+    eval_only: bool = setting(False, "only validation loss and samples of --init_from")
     prompt: str = setting("Hello, I'm a language model,", "what samples begin with")  # the lecture
 
     seed: int = setting(1337, "of first weights, order of the data, and samples")  # the lecture
@@ -92,6 +117,8 @@ class TrainConfig:
     val_every: int = setting(250, "steps between validation losses (0: never)")  # the lecture
     val_tokens: int = setting(10 * 2**20, "tokens of the validation data to read")  # ours
     sample_every: int = setting(250, "steps between samples (0: never)")  # the lecture
+    hellaswag_every: int = setting(250, "steps between HellaSwag scores (0: never)")  # the lecture
+    checkpoint_every: int = setting(250, "steps between checkpoints (0: one, at the end)")  # ours
 
     def __post_init__(self):
         may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
@@ -122,14 +149,9 @@ ROWS = {
 }
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
 # Ours, by measurement: the fewest bits per byte after three minutes on two CPU cores (README.md).
-PRESETS["demo"] |= dict(
-    max_steps=1000,
-    warmup_tokens=77_000,
-    compile=False,
-    val_every=250,
-    sample_every=500,
-    prompt="First Citizen:\n",
-)
+PRESETS["demo"] |= dict(max_steps=1000, warmup_tokens=77_000, compile=False)
+PRESETS["demo"] |= dict(val_every=250, sample_every=500, hellaswag_every=0, checkpoint_every=0)
+PRESETS["demo"] |= dict(prompt="First Citizen:\n")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -167,7 +189,7 @@ def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The network (0:13:47 section 1, the nn.Module; 0:28:08 the published parameters; 0:52:53 cross
+# 2. The network (0:13:47 section 1, the nn.Module; 0:28:08 the published parameters; 0:52:53 cross
 #    entropy; 1:06:14 sharing wte and lm_head; 1:13:47 initialisation; 2:00:18 flash attention)
 # --------------------------------------------------------------------------------------------------
 
@@ -384,7 +406,7 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sampling (0:33:31 prefix tokens, tokenization; 0:37:02 the sampling loop; 3:23:10 in training)
+# 3. Sampling (0:33:31 prefix tokens, tokenization; 0:37:02 the sampling loop; 3:23:10 in training)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -417,9 +439,15 @@ def generate(
 
 
 # --------------------------------------------------------------------------------------------------
-# The machine (0:41:47 the device; 1:28:14 TF32; 1:39:38 bfloat16, float16;
+# 4. The machine (0:41:47 the device; 1:28:14 TF32; 1:39:38 bfloat16, float16;
 #    1:48:15 torch.compile; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
+
+# Dense bfloat16 TFLOP/s (float16 for V100 and T4) by the makers' data sheets. The first name that
+# the device's own contains is the one.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989}
+PEAK_TFLOPS |= {"B200": 2250, "A100": 312, "A10G": 70, "A10": 125, "A40": 149.7, "L40S": 362}
+PEAK_TFLOPS |= {"L4": 121, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125, "T4": 65}
 
 
 class Runtime:
@@ -484,6 +512,15 @@ class Runtime:
         if self.world > 1:
             dist.destroy_process_group()
 
+    def device_name(self) -> str:
+        cpu = platform.processor() or platform.machine()
+        return torch.cuda.get_device_name(self.device) if self.kind == "cuda" else cpu
+
+    def peak_flops(self) -> float | None:
+        """Operations a second of all devices at their best; None where nobody told us."""
+        peaks = (peak for name, peak in PEAK_TFLOPS.items() if name in self.device_name())
+        return next((1e12 * self.world * peak for peak in peaks if self.kind == "cuda"), None)
+
 
 def keep_freed_memory() -> None:
     """Let glibc keep big buffers that are freed. It gives them back to the kernel, which hands out
@@ -512,7 +549,7 @@ def compile_in_place(model: GPT, config: TrainConfig, runtime: Runtime) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# The data (0:45:50 batches; 1:02:00 data loader lite; 2:34:09 micro-steps; 2:46:52 processes;
+# 5. The data (0:45:50 batches; 1:02:00 data loader lite; 2:34:09 micro-steps; 2:46:52 processes;
 #    3:10:21 FineWeb-Edu)
 # --------------------------------------------------------------------------------------------------
 
@@ -687,7 +724,7 @@ def step_fits(size: int, config: TrainConfig, model: GPT, runtime: Runtime) -> b
 
 
 # --------------------------------------------------------------------------------------------------
-# The optimiser and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 weight decay,
+# 6. The optimiser and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 weight decay,
 #    fused AdamW)
 # --------------------------------------------------------------------------------------------------
 
@@ -718,7 +755,7 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# The training step (2:14:55 gradient clipping; 2:34:09 gradient accumulation; 2:46:52 DDP)
+# 7. The training step (2:14:55 gradient clipping; 2:34:09 gradient accumulation; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -748,7 +785,7 @@ def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tup
 
 
 # --------------------------------------------------------------------------------------------------
-# Validation (3:23:10 validation split and loss)
+# 8. Validation (3:23:10 validation split and loss)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -773,12 +810,203 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
     return nats / tokens, nats / math.log(2) / max(text, 1)
 
 
+# --------------------------------------------------------------------------------------------------
+# 9. Records and checkpoints (2:46:52, at its end: only one process writes)
+# --------------------------------------------------------------------------------------------------
+
+
+def open_out_dir(config: TrainConfig) -> Path:
+    """The folder of --out_dir. Raises UserError when a run in it would be overwritten."""
+    folder = Path(config.out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out_dir {folder} cannot be written: {error.strerror}") from None
+    if not config.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
+        raise UserError(f"--out_dir {folder} already holds a run; add --resume, or name another")
+    return folder
+
+
+class Records:
+    """metrics.jsonl: one JSON object a line, of some `kind`, by process 0 alone.
+
+    Opened to go on at `step`, it keeps what was recorded before that step and nothing else, so that
+    each step stands once. The first line says what produced the rest.
+    """
+
+    def __init__(self, folder: Path, step: int, header: dict, runtime: Runtime):
+        self.file = None
+        if runtime.rank == 0:
+            path = folder / "metrics.jsonl"
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # a kill can halve the last
+            kept = [line for line in whole if json.loads(line).get("step", -1) < step]
+            with open(path.with_suffix(".tmp"), "w") as file:
+                file.writelines(kept)
+            os.replace(path.with_suffix(".tmp"), path)
+            self.file = open(path, "a", buffering=1)  # 1: every line is written at once
+            if not kept:
+                self.write("header", **header)
+
+    def write(self, kind: str, **values) -> None:
+        if self.file:
+            self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+
+def describe_run(config: TrainConfig, model: GPT, runtime: Runtime) -> dict:
+    """What somebody needs who wants the same run again."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        answer = subprocess.run(git, check=False, capture_output=True, text=True)
+        revision = answer.stdout.strip() or None
+    except OSError:  # no git here
+        revision = None
+    return dict(
+        command=shlex.join(sys.argv),
+        settings=dataclasses.asdict(config),
+        network=dataclasses.asdict(model.config),
+        versions=dict(python=platform.python_version(), torch=torch.__version__),
+        device=dict(kind=runtime.kind, name=runtime.device_name(), processes=runtime.world),
+        dtype=str(runtime.dtype).removeprefix("torch."),
+        revision=revision,
+    )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    return sorted(folder.glob("checkpoint_*.pt"))
+
+
+def save_checkpoint(folder: Path, content: dict) -> None:
+    """Write checkpoint_<step>.pt under its name when it is whole, and keep the newest two."""
+    path = folder / f"checkpoint_{content['step']:07d}.pt"
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+    for old in checkpoints(folder)[:-2]:
+        old.unlink()
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote; UserError for anything else. Nothing in it can run code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: content[key] for key in ("step", "network", "settings", "model")} | content
+    except Exception as error:  # a damaged file fails in as many ways as it has parts
+        reason = str(error).strip().partition("\n")[0]
+        what = f"{path} is no whole checkpoint"
+        raise UserError(f"{what} ({type(error).__name__}: {reason})") from None
+
+
+def load_network(source: str) -> GPT:
+    """The network of a checkpoint, an --out_dir's newest one, a transformers folder, or a name.
+
+    Raises UserError for anything else.
+    """
+    path = Path(source)
+    if path.is_dir() and checkpoints(path):
+        path = checkpoints(path)[-1]
+    if path.is_file():
+        content = read_checkpoint(path)
+        model = GPT(GPTConfig(**content["network"]))
+        model.load_state_dict(content["model"])
+        return model
+    published = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    if source in published or (path / "config.json").is_file():
+        return GPT.from_pretrained(source)
+    what = "is no checkpoint, no folder of checkpoints, no transformers folder, and none of"
+    raise UserError(f"--init_from {source} {what} {', '.join(published)}")
+
+
+def restore(folder: Path, model: GPT, optimizer, scaler) -> int:
+    """Bring all to the state of the folder's newest checkpoint -> its step; 0 without one."""
+    if not checkpoints(folder):
+        return 0
+    content = read_checkpoint(checkpoints(folder)[-1])
+    for name, part in dict(model=model, optimizer=optimizer, scaler=scaler).items():
+        part.load_state_dict(content[name])
+    return content["step"]
+
+
+class Progress:
+    """Records every training step and shows about one a second, with the time that is left."""
+
+    def __init__(self, records, model: GPT, config: TrainConfig, steps: int, runtime: Runtime):
+        self.records, self.steps, self.runtime = records, steps, runtime
+        self.began, self.shown, self.done = 0.0, 0.0, 0
+        # Operations for a token, forward and backward: 6 a parameter that multiplies (wpe only
+        # adds), and 12 L C T for attention's two products ("PaLM", 2022, appendix B).
+        c, parameters = model.config, sum(p.numel() for p in model.parameters())
+        weights = parameters - model.transformer.wpe.weight.numel()
+        self.flops = 6 * weights + 12 * c.n_layer * c.n_embd * config.seq_len
+
+    def step(self, step: int, loss: float, lr: float, norm: float, tokens: int, seconds: float):
+        now, speed, peak = time.perf_counter(), tokens / seconds, self.runtime.peak_flops()
+        mfu = speed * self.flops / peak if peak else None
+        line = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
+        self.records.write("train", step=step, **line, tokens_per_second=speed, mfu=mfu)
+        if self.done == 0:
+            self.began = now  # the first step may compile: it says nothing about the others
+        left = (self.steps - step - 1) * (now - self.began) / max(self.done, 1)
+        self.done += 1
+        if now - self.shown > 1 or step == self.steps - 1:
+            self.shown = now
+            eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left else "-"
+            self.runtime.print(
+                f"step {step:5d}/{self.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
+                f"{1000 * seconds:.0f} ms | {speed:,.0f} tokens/s | "
+                + (f"mfu {mfu:.1%} | " if mfu else "")
+                + f"eta {eta}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. The run (3:28:23 starting the run)
+# --------------------------------------------------------------------------------------------------
+
+
+def make_network(config: TrainConfig, given: set[str]) -> tuple[GPT, TrainConfig]:
+    """A new network, or --init_from's, and the settings with its sizes.
+
+    Raises UserError when flags ask for another size than --init_from has.
+    """
+    sizes = ("n_layer", "n_head", "n_embd")
+    if not config.init_from:
+        torch.manual_seed(config.seed)
+        wanted = {name: getattr(config, name) for name in sizes}
+        return GPT(GPTConfig(seq_len=config.seq_len, **wanted)), config
+    model = load_network(config.init_from)
+    for name in sizes:
+        wanted, has = getattr(config, name), getattr(model.config, name)
+        if name in given and wanted != has:
+            raise UserError(f"--{name} {wanted}: {config.init_from} has {has}; leave the flag out")
+    wanted, most = config.seq_len, model.config.seq_len
+    if "seq_len" in given and wanted > most:
+        raise UserError(f"--seq_len {wanted}: {config.init_from} has {most}; try --seq_len {most}")
+    if "seq_len" not in given:
+        wanted = most if config.eval_only else min(wanted, most)
+    has = {name: getattr(model.config, name) for name in sizes}
+    return model, dataclasses.replace(config, seq_len=wanted, **has)
+
+
 def due(every: int, step: int, steps: int) -> bool:
     """Whether what happens every so many steps happens now; after the last update all of it does."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
-def show_samples(step, model, config, runtime, max_new_tokens=32) -> None:
+def show_validation(step, model, loader, config, micro_batch, records, runtime) -> None:
+    loss, bits = validation_loss(model, loader, config, micro_batch, runtime)
+    runtime.print(f"step {step:5d} | validation loss {loss:.4f} | {bits:.4f} bits per byte")
+    if records:
+        records.write("val", step=step, loss=loss, bits_per_byte=bits)
+
+
+def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> None:
     """Process 0 continues --prompt in four ways; the step is in the seed."""
     if runtime.rank > 0:
         return
@@ -790,44 +1018,67 @@ def show_samples(step, model, config, runtime, max_new_tokens=32) -> None:
     for text in texts:
         runtime.print(f"--- sample at step {step}\n{text}")
     runtime.print("---")
+    if records:
+        records.write("sample", step=step, texts=texts)
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
-    config, _, why = read_settings(None)
+    config, given, why = read_settings(argv)
     runtime = Runtime(config)
     runtime.print(f"preset {config.preset}: {why}")
+
+    # The data and the network.
     train_shards, val_shards = open_data(config.data, runtime)
-    torch.manual_seed(config.seed)
-    sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
-    model = GPT(GPTConfig(**sizes)).to(runtime.device)
+    model, config = make_network(config, given)
+    model.to(runtime.device)
+    val_loader = DataLoaderLite(val_shards, config.seq_len, seed=None)
+    if config.eval_only:
+        rows = max(1, 8192 // config.seq_len)
+        show_validation(0, model, val_loader, config, rows, None, runtime)
+        return show_samples(0, model, config, None, runtime, max_new_tokens=64)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
     starts = step_starts(config, loader.epoch_sequences)
     micro_batch = choose_micro_batch(config, model, runtime)
-    val_loader = DataLoaderLite(val_shards, config.seq_len, seed=None)
+
+    # What trains it.
+    folder, first = open_out_dir(config), 0
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
+    if config.resume:
+        first = restore(folder, model, optimizer, scaler)
     how = compile_in_place(model, config, runtime)
-    runtime.print(f"{runtime.world} x {runtime.kind}, {runtime.dtype}, {how}")
-    # Only the training step calls the wrapped network: the parameters keep their names.
+    # Only the training step calls the wrapped network: parameters keep their names, and what else
+    # runs the network does so without the others waiting.
     ddp = DistributedDataParallel(model) if runtime.world > 1 else model
-    steps = len(starts) - 1
-    for step in range(steps + 1):  # `step` updates are done
+    records = Records(folder, first, describe_run(config, model, runtime), runtime)
+    steps, total_tokens = len(starts) - 1, int(starts[-1]) * config.seq_len
+    progress = Progress(records, model, config, steps, runtime)
+    runtime.print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{runtime.world} x {runtime.kind}, {runtime.dtype}, {how}; "
+        f"{steps:,} steps of {config.batch_tokens:,} tokens, "
+        f"{starts[-1] / loader.epoch_sequences:.2f} epochs, {micro_batch} sequences at a time"
+    )
+
+    for step in range(first, steps + 1):  # `step` updates are done
+        saving = step == steps or due(config.checkpoint_every, step, steps)
+        if saving and step > first and runtime.rank == 0:
+            state = dict(model=model, optimizer=optimizer, scaler=scaler)
+            content = {name: part.state_dict() for name, part in state.items()}
+            content |= dict(network=dataclasses.asdict(model.config), step=step)
+            save_checkpoint(folder, content | dict(settings=dataclasses.asdict(config)))
         if due(config.val_every, step, steps):
-            loss, bits = validation_loss(model, val_loader, config, micro_batch, runtime)
-            runtime.print(f"step {step:4d} | validation loss {loss:.4f} | {bits:.4f} bits per byte")
+            show_validation(step, model, val_loader, config, micro_batch, records, runtime)
         if due(config.sample_every, step, steps):
-            show_samples(step, model, config, runtime)
-        if step == steps:
-            break
-        began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
-        lr = learning_rate(tokens, int(starts[-1]) * config.seq_len, config)
-        batch = loader.batch(starts, step, micro_batch, runtime)
-        loss, norm = train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime)
-        seconds = time.perf_counter() - began
-        if step % 10 == 9 or step == 0:
-            line = f"step {step:4d} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e}"
-            runtime.print(f"{line} | {1000 * seconds:.0f} ms")
+            show_samples(step, model, config, records, runtime)
+        if step < steps:
+            began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
+            lr = learning_rate(tokens, total_tokens, config)
+            batch = loader.batch(starts, step, micro_batch, runtime)
+            loss, norm = train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime)
+            tokens -= int(starts[step]) * config.seq_len
+            progress.step(step, loss, lr, norm, tokens, time.perf_counter() - began)
     runtime.close()
 
 
@@ -835,5 +1086,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
+        # An error that all processes meet is said by number 0; torchrun then ends the others.
+        time.sleep(0 if os.getenv("RANK", "0") == "0" else 5)
         print(f"train_gpt2.py: {error}", file=sys.stderr)
         sys.exit(2)
