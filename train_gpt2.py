@@ -18,8 +18,9 @@ Contents
      6. The optimiser and its schedule
      7. The training step
      8. Validation
-     9. Records and checkpoints
-    10. The run
+     9. Records
+    10. The night
+    11. The run
 
 Single letters are sizes: B batch (sequences), T time (tokens in a sequence), C channels, H heads,
 D = C / H, V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
@@ -33,13 +34,17 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +123,9 @@ class TrainConfig:
     val_tokens: int = setting(10 * 2**20, "tokens of the validation data to read")  # ours
     sample_every: int = setting(250, "steps between samples (0: never)")  # the lecture
     hellaswag_every: int = setting(250, "steps between HellaSwag scores (0: never)")  # the lecture
+    timeout_minutes: float = setting(10, "for which processes wait for each other")  # ours
     checkpoint_every: int = setting(250, "steps between checkpoints (0: one, at the end)")  # ours
+    keep_every: int = setting(0, "steps between checkpoints to keep; else the newest two are kept")
 
     def __post_init__(self):
         may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
@@ -135,6 +142,11 @@ class TrainConfig:
             what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
             raise UserError(f"{what}; try --n_head {works}")
 
+
+# What --resume may change: all else would make it another run.
+MAY_CHANGE = {"data", "out_dir", "resume", "prompt", "device", "dtype", "compile", "micro_batch"}
+MAY_CHANGE |= {f.name for f in dataclasses.fields(TrainConfig) if f.name.endswith("_every")}
+MAY_CHANGE |= {"max_steps", "timeout_minutes"}
 
 # Layers, heads, channels: GPT-2 paper, table 2. Batch (0.5M and 1M, as powers of two) and learning
 # rate: GPT-3 paper, table 2.1, the row of the nearest size. Context: GPT-2's, and GPT-3's for gpt3.
@@ -181,6 +193,8 @@ def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
         why = "edu_fineweb10B holds shards; --preset demo is the small one"
         if not found:
             why = "no shards in edu_fineweb10B; python fineweb.py makes them, for GPT-2 (124M)"
+    # torchrun --max-restarts starts all processes again when one has died.
+    flags.setdefault("resume", int(os.getenv("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
     if flags["preset"] not in PRESETS:
         raise UserError(f"--preset {flags['preset']}: there are {', '.join(PRESETS)}")
     default_data = "input.txt" if flags["preset"] == "demo" else "edu_fineweb10B"
@@ -443,10 +457,10 @@ def generate(
 #    1:48:15 torch.compile; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
 
-# Dense bfloat16 TFLOP/s (float16 for V100 and T4) by the makers' data sheets. The first name that
-# the device's own contains is the one.
+# Dense bfloat16 TFLOP/s (float16 for V100 and T4) by the makers' data sheets. The first entry whose
+# words are all in the device's name is the one.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989}
-PEAK_TFLOPS |= {"B200": 2250, "A100": 312, "A10G": 70, "A10": 125, "A40": 149.7, "L40S": 362}
+PEAK_TFLOPS |= {"B200": 2250, "A100": 312, "A40": 149.7, "A10G": 70, "A10": 125, "L40S": 362}
 PEAK_TFLOPS |= {"L4": 121, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125, "T4": 65}
 
 
@@ -470,13 +484,16 @@ class Runtime:
         except Exception as error:  # torch says "not here" with many types
             reason = str(error).partition("\n")[0]
             raise UserError(f"--device {self.kind} cannot be used: {reason}") from None
+        self.kind = self.device.type
         if self.kind == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = getattr(torch, self.best_dtype() if config.dtype == "auto" else config.dtype)
         # TF32: the products that stay in float32 run on tensor cores with 10 bits of mantissa.
         torch.set_float32_matmul_precision("high" if self.kind == "cuda" else "highest")
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.kind == "cuda" else "gloo")
+        if self.world > 1:  # whoever waits longer for the others gives up: a hung one ends the run
+            backend = "nccl" if self.kind == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes))
+            self.print(f"{backend}: processes wait {config.timeout_minutes} minutes for each other")
 
     def best_dtype(self) -> str:
         if self.kind == "cuda":  # tensor cores know bfloat16 from Ampere on, before it only float16
@@ -502,6 +519,13 @@ class Runtime:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value) -> list:
+        """Each process's value, by rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def mean(self, value: float) -> float:
         return self.sum(value)[0] / self.world
 
@@ -518,8 +542,9 @@ class Runtime:
 
     def peak_flops(self) -> float | None:
         """Operations a second of all devices at their best; None where nobody told us."""
-        peaks = (peak for name, peak in PEAK_TFLOPS.items() if name in self.device_name())
-        return next((1e12 * self.world * peak for peak in peaks if self.kind == "cuda"), None)
+        words = set(re.split(r"\W|_", self.device_name()))
+        peaks = (peak for name, peak in PEAK_TFLOPS.items() if words.issuperset(name.split()))
+        return next((1e12 * self.world * peak for peak in peaks), None)
 
 
 def keep_freed_memory() -> None:
@@ -650,7 +675,7 @@ class DataLoaderLite:
 
     def read(self, starts, step, micro_batch, runtime):
         first, rows = starts[step], (starts[step + 1] - starts[step]) // runtime.world
-        B = min(micro_batch, rows)
+        B = math.gcd(micro_batch, rows)  # micro_batch, but for the small batches of a ramp
         # Micro-step m of process r takes the B sequences from (m world + r) B on.
         turns = range(runtime.rank, runtime.world * rows // B, runtime.world)
         tokens = torch.from_numpy(np.stack([self.sequences(first + i * B, B) for i in turns]))
@@ -762,7 +787,8 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tuple[float, float]:
     """One update -> the mean loss of the whole batch, and the gradient's norm before clipping.
 
-    `ddp` is the model, wrapped in DistributedDataParallel if there are several processes.
+    `ddp` is the model, wrapped in DistributedDataParallel if there are several processes. Where the
+    loss or the norm is not finite there is no update.
     """
     inputs, targets = batch  # (micro-steps, B, T) each
     total = 0.0
@@ -774,14 +800,17 @@ def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tup
                 loss = ddp(x, y) / len(inputs)  # a mean of the parts' means
             scaler.scale(loss).backward()
         total += loss.detach()
+    loss = runtime.mean(float(total))
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        return loss, norm  # on every process: the update would spoil the network for good
     for group in optimizer.param_groups:
         group["lr"] = lr
     scaler.step(optimizer)  # float16 overflows now and then: the scaler then leaves this update out
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return runtime.mean(float(total)), float(norm)
+    return loss, norm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -811,7 +840,7 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Records and checkpoints (2:46:52, at its end: only one process writes)
+# 9. Records (2:46:52, at its end: only one process writes)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -838,25 +867,30 @@ class Records:
     """
 
     def __init__(self, folder: Path, step: int, header: dict, runtime: Runtime):
-        self.file = None
+        self.file, self.waiting = None, b""
         if runtime.rank == 0:
             path = folder / "metrics.jsonl"
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("\n")]  # a kill can halve the last
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith(b"\n")]  # a kill can halve the last
             kept = [line for line in whole if json.loads(line).get("step", -1) < step]
-            with open(path.with_suffix(".tmp"), "w") as file:
-                file.writelines(kept)
+            path.with_suffix(".tmp").write_bytes(b"".join(kept))
             os.replace(path.with_suffix(".tmp"), path)
-            self.file = open(path, "a", buffering=1)  # 1: every line is written at once
+            self.file, self.size = os.open(path, os.O_WRONLY | os.O_APPEND), path.stat().st_size
             if not kept:
                 self.write("header", **header)
 
     def write(self, kind: str, **values) -> None:
-        if self.file:
-            self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        if self.file is not None:
+            self.waiting += json.dumps({"kind": kind, **values}).encode() + b"\n"
+            try:
+                if os.write(self.file, self.waiting) < len(self.waiting):
+                    raise OSError("the disk is full")
+                self.size, self.waiting = self.size + len(self.waiting), b""
+            except OSError:  # take the half line back; the whole one goes with the next
+                os.ftruncate(self.file, self.size)
 
 
-def describe_run(config: TrainConfig, model: GPT, runtime: Runtime) -> dict:
+def describe_run(config: TrainConfig, model: GPT, loader, runtime: Runtime) -> dict:
     """What somebody needs who wants the same run again."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -868,11 +902,47 @@ def describe_run(config: TrainConfig, model: GPT, runtime: Runtime) -> dict:
         command=shlex.join(sys.argv),
         settings=dataclasses.asdict(config),
         network=dataclasses.asdict(model.config),
-        versions=dict(python=platform.python_version(), torch=torch.__version__),
+        epoch_sequences=loader.epoch_sequences,
+        versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
         device=dict(kind=runtime.kind, name=runtime.device_name(), processes=runtime.world),
         dtype=str(runtime.dtype).removeprefix("torch."),
         revision=revision,
     )
+
+
+class Progress:
+    """Records every training step and shows about one a second, with the time that is left."""
+
+    def __init__(self, records, model: GPT, config: TrainConfig, steps: int, runtime: Runtime):
+        self.records, self.steps, self.runtime = records, steps, runtime
+        self.began, self.shown, self.done = 0.0, 0.0, 0
+        # Operations for a token, forward and backward: 6 a parameter that multiplies (wpe only
+        # adds), and 12 L C T for attention's two products ("PaLM", 2022, appendix B).
+        c, parameters = model.config, sum(p.numel() for p in model.parameters())
+        weights = parameters - model.transformer.wpe.weight.numel()
+        self.flops = 6 * weights + 12 * c.n_layer * c.n_embd * config.seq_len
+
+    def step(self, step: int, loss, lr, norm, tokens: int, seconds: float, warning: str) -> None:
+        now, speed, peak = time.perf_counter(), tokens / seconds, self.runtime.peak_flops()
+        mfu = speed * self.flops / peak if peak else None
+        line = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
+        self.records.write("train", step=step, **line, tokens_per_second=speed, mfu=mfu)
+        if self.done == 0:
+            self.began = now  # the first step may compile: it says nothing about the others
+        left = (self.steps - step - 1) * (now - self.began) / max(self.done, 1)
+        self.done += 1
+        if now - self.shown > 1 or step == self.steps - 1:
+            self.shown = now
+            eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left else "-"
+            line = f"step {step:5d}/{self.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+            line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
+            line += f" | mfu {mfu:.1%}" if mfu else ""
+            self.runtime.print(f"{line} | eta {eta}" + (f" | {warning}" if warning else ""))
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. The night: checkpoints, resuming, and ends before the end (ours)
+# --------------------------------------------------------------------------------------------------
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -880,27 +950,170 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint_*.pt"))
 
 
-def save_checkpoint(folder: Path, content: dict) -> None:
-    """Write checkpoint_<step>.pt under its name when it is whole, and keep the newest two."""
-    path = folder / f"checkpoint_{content['step']:07d}.pt"
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
-    for old in checkpoints(folder)[:-2]:
-        old.unlink()
-
-
 def read_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote; UserError for anything else. Nothing in it can run code."""
+    """What a Saver wrote; UserError for anything else. Nothing in it can run code."""
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {key: content[key] for key in ("step", "network", "settings", "model")} | content
     except Exception as error:  # a damaged file fails in as many ways as it has parts
         reason = str(error).strip().partition("\n")[0]
         what = f"{path} is no whole checkpoint"
         raise UserError(f"{what} ({type(error).__name__}: {reason})") from None
+
+
+def on_cpu(value):
+    """A copy of all tensors in nested dicts and lists, on the CPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [on_cpu(part) for part in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+class Saver:
+    """Writes checkpoints: plain data, all that the run needs to go on as if nothing had happened.
+
+    Process 0 copies the state and a thread writes it, so that training waits for the copy alone. A
+    disk that says no is no reason to stop: `problem` says it, until a checkpoint is whole again.
+    """
+
+    def __init__(self, folder: Path, parts: dict, header: dict, runtime: Runtime):
+        self.folder, self.parts, self.header, self.runtime = folder, parts, header, runtime
+        self.keep_every, self.saved = header["settings"]["keep_every"], None
+        self.problem, self.lost = "", ""
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+        if runtime.rank == 0:
+            for half in folder.glob("checkpoint_*.tmp"):  # a killed run's
+                half.unlink()
+
+    def save(self, step: int) -> None:
+        if step == self.saved:
+            return
+        self.saved, rng = step, self.runtime.gather(torch.get_rng_state())
+        if self.runtime.rank == 0:
+            self.wait()
+            content = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
+            content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"]  # one
+            content |= self.header | dict(step=step, rng=rng)
+            self.writing = self.thread.submit(self.write, content)
+
+    def write(self, content: dict) -> str:
+        """-> what went wrong, if something did."""
+        error, path = "", self.folder / f"checkpoint_{content['step']:07d}.pt"
+        temporary = path.with_suffix(".tmp")
+        if not self.folder.is_dir():
+            self.lost = f"{self.folder} was deleted, and metrics.jsonl with it"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)  # only what is whole gets the name
+            if hasattr(os, "O_DIRECTORY"):  # and the name, too, has to reach the disk
+                descriptor = os.open(self.folder, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            for old in checkpoints(self.folder)[:-2]:
+                if not self.keep_every or int(old.stem.split("_")[1]) % self.keep_every:
+                    old.unlink()
+        except (OSError, RuntimeError) as problem:  # the latter is torch's word for a full disk
+            reason = getattr(problem, "strerror", None) or str(problem).partition("\n")[0]
+            error = f"checkpoint {content['step']} NOT written: {reason}"
+            with suppress(OSError):
+                temporary.unlink()
+        self.problem = error or self.lost
+        return error
+
+    def wait(self) -> str:
+        """Until the checkpoint in hand is written -> what went wrong, if something did."""
+        return self.writing.result() if self.writing else ""
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict | None, str]:
+    """The newest whole checkpoint in a folder, and what to say about it.
+
+    Raises UserError when there are some and none is whole.
+    """
+    damaged = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return read_checkpoint(path), "\n".join([*damaged, f"going on from {path}"])
+        except UserError as error:
+            damaged.append(f"{error}; trying the one before")
+    if damaged:
+        raise UserError(f"no checkpoint in {folder} is whole; start anew in another --out_dir")
+    return None, f"no checkpoint in {folder} yet: from the beginning"
+
+
+def resumed_settings(config: TrainConfig, given: set[str], content: dict) -> TrainConfig:
+    """The checkpoint's settings, with what the command line changes of them.
+
+    Raises UserError for a change that would make it another run.
+    """
+    was = {f.name: content["settings"].get(f.name, f.default) for f in dataclasses.fields(config)}
+    for name in given - MAY_CHANGE:
+        if getattr(config, name) != was[name]:
+            what = f"--{name} {getattr(config, name)} would change the run, which has {was[name]}"
+            raise UserError(f"{what}; leave it out, or start anew in another --out_dir")
+    return TrainConfig(**was | {name: getattr(config, name) for name in given & MAY_CHANGE})
+
+
+def restore(saved: dict, parts: dict, loader: DataLoaderLite, runtime: Runtime) -> int:
+    """Bring all to the state of a checkpoint -> its step. Raises UserError for other data."""
+    if saved["epoch_sequences"] != loader.epoch_sequences:
+        counts = f"{loader.epoch_sequences} sequences instead of {saved['epoch_sequences']}"
+        raise UserError(f"the training data has changed since the checkpoint: {counts}; restore it")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    if runtime.rank < len(saved["rng"]):
+        torch.set_rng_state(saved["rng"][runtime.rank])
+    return saved["step"]
+
+
+class Stop:
+    """Why the run should end early: a signal, or an error that one process met. All end together.
+
+    SIGTERM, Ctrl-C, and SIGUSR1, by which clusters warn of their time limit, wait for the step in
+    hand; a second Ctrl-C does not.
+    """
+
+    def __init__(self):
+        self.why, self.wanted, self.failed = "another process", False, False
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.on_signal)
+
+    def on_signal(self, number, frame) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.why, self.wanted = signal.Signals(number).name, True
+
+    @contextmanager
+    def on_error(self):
+        try:
+            yield
+        except UserError as error:
+            self.why, self.wanted, self.failed = error, True, True
+
+    def agreed(self, runtime: Runtime) -> bool:
+        return runtime.sum(float(self.wanted))[0] > 0
+
+
+def diverged(step: int, loss: float, norm: float, folder: Path) -> UserError:
+    last = checkpoints(folder)[-1:] or ["none"]
+    what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last[0]}"
+    hint = "try --resume --dtype float32, or --init_from it with a lower --learning_rate"
+    return UserError(f"{what}; {hint}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. The run (3:28:23 starting the run)
+# --------------------------------------------------------------------------------------------------
 
 
 def load_network(source: str) -> GPT:
@@ -923,59 +1136,14 @@ def load_network(source: str) -> GPT:
     raise UserError(f"--init_from {source} {what} {', '.join(published)}")
 
 
-def restore(folder: Path, model: GPT, optimizer, scaler) -> int:
-    """Bring all to the state of the folder's newest checkpoint -> its step; 0 without one."""
-    if not checkpoints(folder):
-        return 0
-    content = read_checkpoint(checkpoints(folder)[-1])
-    for name, part in dict(model=model, optimizer=optimizer, scaler=scaler).items():
-        part.load_state_dict(content[name])
-    return content["step"]
-
-
-class Progress:
-    """Records every training step and shows about one a second, with the time that is left."""
-
-    def __init__(self, records, model: GPT, config: TrainConfig, steps: int, runtime: Runtime):
-        self.records, self.steps, self.runtime = records, steps, runtime
-        self.began, self.shown, self.done = 0.0, 0.0, 0
-        # Operations for a token, forward and backward: 6 a parameter that multiplies (wpe only
-        # adds), and 12 L C T for attention's two products ("PaLM", 2022, appendix B).
-        c, parameters = model.config, sum(p.numel() for p in model.parameters())
-        weights = parameters - model.transformer.wpe.weight.numel()
-        self.flops = 6 * weights + 12 * c.n_layer * c.n_embd * config.seq_len
-
-    def step(self, step: int, loss: float, lr: float, norm: float, tokens: int, seconds: float):
-        now, speed, peak = time.perf_counter(), tokens / seconds, self.runtime.peak_flops()
-        mfu = speed * self.flops / peak if peak else None
-        line = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
-        self.records.write("train", step=step, **line, tokens_per_second=speed, mfu=mfu)
-        if self.done == 0:
-            self.began = now  # the first step may compile: it says nothing about the others
-        left = (self.steps - step - 1) * (now - self.began) / max(self.done, 1)
-        self.done += 1
-        if now - self.shown > 1 or step == self.steps - 1:
-            self.shown = now
-            eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left else "-"
-            self.runtime.print(
-                f"step {step:5d}/{self.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | "
-                f"{1000 * seconds:.0f} ms | {speed:,.0f} tokens/s | "
-                + (f"mfu {mfu:.1%} | " if mfu else "")
-                + f"eta {eta}"
-            )
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. The run (3:28:23 starting the run)
-# --------------------------------------------------------------------------------------------------
-
-
-def make_network(config: TrainConfig, given: set[str]) -> tuple[GPT, TrainConfig]:
-    """A new network, or --init_from's, and the settings with its sizes.
+def make_network(config: TrainConfig, given: set[str], saved: dict | None):
+    """The network, new or of --init_from or of the checkpoint, and the settings with its sizes.
 
     Raises UserError when flags ask for another size than --init_from has.
     """
     sizes = ("n_layer", "n_head", "n_embd")
+    if saved:  # its weights come with the optimiser's state
+        return GPT(GPTConfig(**saved["network"])), config
     if not config.init_from:
         torch.manual_seed(config.seed)
         wanted = {name: getattr(config, name) for name in sizes}
@@ -995,7 +1163,7 @@ def make_network(config: TrainConfig, given: set[str]) -> tuple[GPT, TrainConfig
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Whether what happens every so many steps happens now; after the last update all of it does."""
+    """Whether what happens every so many steps happens now; all of it does after the last."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
@@ -1022,69 +1190,99 @@ def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> No
         records.write("sample", step=step, texts=texts)
 
 
+def evaluate_only(model, val_loader, config, runtime) -> None:
+    rows = max(1, 8192 // config.seq_len)
+    show_validation(0, model, val_loader, config, rows, None, runtime)
+    show_samples(0, model, config, None, runtime, max_new_tokens=64)
+    runtime.close()
+
+
+def announce(model, how, starts, loader, micro_batch, config, runtime) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    runtime.print(
+        f"{parameters:,} parameters; {runtime.world} x {runtime.kind}, {runtime.dtype}, {how}\n"
+        f"{len(starts) - 1:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
+        f" {config.seq_len} at a time: {starts[-1] / loader.epoch_sequences:.2f} epochs"
+    )
+
+
+def finish(step: int, steps: int, stop: Stop, saver: Saver, runtime: Runtime) -> None:
+    """Leave a checkpoint, whatever ended the run. Raises UserError if that, or an error, did."""
+    saver.save(step)
+    problems = runtime.gather(saver.wait() or (str(stop.why) if stop.failed else ""))
+    runtime.close()
+    for problem in filter(None, problems):
+        raise UserError(problem)
+    if step < steps:
+        runtime.print(f"stopped by {stop.why} after step {step}; the same with --resume goes on")
+
+
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     config, given, why = read_settings(argv)
+    saved = None
+    if config.resume:
+        saved, why = newest_checkpoint(Path(config.out_dir))
+        config = resumed_settings(config, given, saved) if saved else config
     runtime = Runtime(config)
     runtime.print(f"preset {config.preset}: {why}")
 
-    # The data and the network.
+    # What to train, and on what.
     train_shards, val_shards = open_data(config.data, runtime)
-    model, config = make_network(config, given)
+    model, config = make_network(config, given, saved)
     model.to(runtime.device)
     val_loader = DataLoaderLite(val_shards, config.seq_len, seed=None)
     if config.eval_only:
-        rows = max(1, 8192 // config.seq_len)
-        show_validation(0, model, val_loader, config, rows, None, runtime)
-        return show_samples(0, model, config, None, runtime, max_new_tokens=64)
+        return evaluate_only(model, val_loader, config, runtime)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
     starts = step_starts(config, loader.epoch_sequences)
     micro_batch = choose_micro_batch(config, model, runtime)
 
     # What trains it.
-    folder, first = open_out_dir(config), 0
+    folder, steps = open_out_dir(config), len(starts) - 1
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
-    if config.resume:
-        first = restore(folder, model, optimizer, scaler)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    first = restore(saved, parts, loader, runtime) if saved else 0
     how = compile_in_place(model, config, runtime)
     # Only the training step calls the wrapped network: parameters keep their names, and what else
     # runs the network does so without the others waiting.
     ddp = DistributedDataParallel(model) if runtime.world > 1 else model
-    records = Records(folder, first, describe_run(config, model, runtime), runtime)
-    steps, total_tokens = len(starts) - 1, int(starts[-1]) * config.seq_len
-    progress = Progress(records, model, config, steps, runtime)
-    runtime.print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{runtime.world} x {runtime.kind}, {runtime.dtype}, {how}; "
-        f"{steps:,} steps of {config.batch_tokens:,} tokens, "
-        f"{starts[-1] / loader.epoch_sequences:.2f} epochs, {micro_batch} sequences at a time"
-    )
+
+    # What is left of it.
+    header = describe_run(config, model, loader, runtime)
+    records, saver = Records(folder, first, header, runtime), Saver(folder, parts, header, runtime)
+    progress, stop = Progress(records, model, config, steps, runtime), Stop()
+    announce(model, how, starts, loader, micro_batch, config, runtime)
 
     for step in range(first, steps + 1):  # `step` updates are done
-        saving = step == steps or due(config.checkpoint_every, step, steps)
-        if saving and step > first and runtime.rank == 0:
-            state = dict(model=model, optimizer=optimizer, scaler=scaler)
-            content = {name: part.state_dict() for name, part in state.items()}
-            content |= dict(network=dataclasses.asdict(model.config), step=step)
-            save_checkpoint(folder, content | dict(settings=dataclasses.asdict(config)))
+        if step > first and (step == steps or due(config.checkpoint_every, step, steps)):
+            saver.save(step)
         if due(config.val_every, step, steps):
             show_validation(step, model, val_loader, config, micro_batch, records, runtime)
         if due(config.sample_every, step, steps):
             show_samples(step, model, config, records, runtime)
-        if step < steps:
-            began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
-            lr = learning_rate(tokens, total_tokens, config)
+        if step == steps:
+            break
+        began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
+        lr = learning_rate(tokens, int(starts[-1]) * config.seq_len, config)
+        with stop.on_error():
             batch = loader.batch(starts, step, micro_batch, runtime)
-            loss, norm = train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime)
-            tokens -= int(starts[step]) * config.seq_len
-            progress.step(step, loss, lr, norm, tokens, time.perf_counter() - began)
-    runtime.close()
+        if stop.agreed(runtime):
+            break
+        loss, norm = train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime)
+        if not math.isfinite(loss + (0.0 if scaler.is_enabled() else norm)):
+            raise diverged(step, loss, norm, folder)
+        tokens -= int(starts[step]) * config.seq_len
+        progress.step(step, loss, lr, norm, tokens, time.perf_counter() - began, saver.problem)
+    finish(step, steps, stop, saver, runtime)
 
 
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("train_gpt2.py: interrupted")
     except UserError as error:
         # An error that all processes meet is said by number 0; torchrun then ends the others.
         time.sleep(0 if os.getenv("RANK", "0") == "0" else 5)
