@@ -402,7 +402,9 @@ def open_hub(dataset: str, config: str, revision: str | None, field: str) -> tup
     try:
         pinned = {"revision": revision} if revision else {}
         rows = load_dataset(dataset, name=config, split="train", streaming=True, **pinned)
-        parts = rows.num_shards
+        parts, names = rows.num_shards, rows.column_names
+        if names and field not in names:
+            raise ValueError(f"no column {field}; give --text_field, of {', '.join(names)}")
     except Exception as error:
         raise named(error, "does not open") from error
 
@@ -670,8 +672,7 @@ def verify(folder: Path):
         largest = max(int(chunk.max()) for chunk in chunks)
         if largest >= VOCAB_SIZE:
             faults.append(f"{path} has the id {largest}, and there is none above {VOCAB_SIZE - 1}")
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
         if shard and (len(tokens), sha256) != (shard["tokens"], shard["sha256"]):
             faults.append(f"{path} is not what manifest.json says, in size or SHA-256")
         elif text is None and not faults:
@@ -701,17 +702,19 @@ def main(argv: list[str] | None = None):
             verify(args.out)
         else:
             build(args)
-    except (UserError, OSError, MemoryError) as error:
-        hint = (
-            "; the whole shards stay, and the same command goes on"
-            if isinstance(error, OSError)
-            else ""
+    except UserError as error:
+        print(f"fineweb.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, MemoryError) as error:  # the disk is full, above all
+        print(
+            f"fineweb.py: error: {first_line(error)}; the whole shards stay, and the same command "
+            "goes on after them",
+            file=sys.stderr,
         )
-        print(f"fineweb.py: error: {first_line(error)}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "\nfineweb.py: stopped; the same command goes on after the last whole shard",
+            "\nfineweb.py: stopped; the same command goes on after the whole shards",
             file=sys.stderr,
         )
         sys.exit(130)

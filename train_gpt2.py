@@ -55,7 +55,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
-from fineweb import UserError
+import hellaswag
+from fineweb import UserError, first_line
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
@@ -123,7 +124,7 @@ class TrainConfig:
     val_tokens: int = setting(10 * 2**20, "tokens of the validation data to read")  # ours
     sample_every: int = setting(250, "steps between samples (0: never)")  # the lecture
     hellaswag_every: int = setting(250, "steps between HellaSwag scores (0: never)")  # the lecture
-    timeout_minutes: float = setting(10, "for which processes wait for each other")  # ours
+    timeout_minutes: float = setting(10.0, "for which processes wait for each other")  # ours
     checkpoint_every: int = setting(250, "steps between checkpoints (0: one, at the end)")  # ours
     keep_every: int = setting(0, "steps between checkpoints to keep; else the newest two are kept")
 
@@ -131,10 +132,12 @@ class TrainConfig:
         may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
         may_be_0 += ("grad_clip", "batch_ramp_tokens", "seed", "resume", "eval_only", "compile")
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int | float) and not value >= 0:
-                raise UserError(f"--{name} {value}: it cannot be negative")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise UserError(f"--{name} {value}: it must be a number from 0 on")
             if value == 0 and name not in may_be_0 and not name.endswith("_every"):
                 raise UserError(f"--{name} 0: it must be more")
+        if self.eval_only and not self.init_from:
+            raise UserError("--eval_only needs --init_from: which network?")
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise UserError(f"--dtype {self.dtype}: choose auto, bfloat16, float16 or float32")
         if self.n_embd % self.n_head:
@@ -386,14 +389,19 @@ class GPT(nn.Module):
         transformers.logging.disable_progress_bar()
         try:
             load = transformers.GPT2LMHeadModel.from_pretrained
-            theirs = load(name_or_folder, use_safetensors=True)  # a format that cannot hold code
+            # safetensors cannot hold code. What a file lacks would be drawn at random.
+            theirs, info = load(name_or_folder, use_safetensors=True, output_loading_info=True)
+            if info["missing_keys"]:
+                raise ValueError(f"there is no {min(info['missing_keys'])}")
         except Exception as error:  # no network, no such name, a broken file: each has its own type
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"no GPT-2 weights from {name_or_folder}: {reason}") from None
+            what = f"no GPT-2 weights from {name_or_folder}"
+            raise UserError(f"{what}: {first_line(error)}") from None
         c = theirs.config
+        c.n_inner = None if c.n_inner == 4 * c.n_embd else c.n_inner
         plain = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
         plain |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-        for key, value in (plain | dict(tie_word_embeddings=True)).items():
+        plain |= dict(tie_word_embeddings=True, n_inner=None)
+        for key, value in plain.items():
             if getattr(c, key) != value:
                 raise UserError(f"{name_or_folder} is no plain GPT-2: {key} is {getattr(c, key)}")
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
@@ -482,8 +490,8 @@ class Runtime:
             self.device = torch.device(f"cuda:{index}" if self.kind == "cuda" else self.kind)
             torch.zeros(1, device=self.device)
         except Exception as error:  # torch says "not here" with many types
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"--device {self.kind} cannot be used: {reason}") from None
+            what = f"--device {self.kind} cannot be used"
+            raise UserError(f"{what}: {first_line(error)}") from None
         self.kind = self.device.type
         if self.kind == "cuda":
             torch.cuda.set_device(self.device)
@@ -635,7 +643,7 @@ class DataLoaderLite:
     shard's sequences, in an order of its own. With seed None all are taken as they stand.
     """
 
-    def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None):
+    def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None, source="the data"):
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
         self.counts = np.array([max(0, len(shard) - 1) // seq_len for shard in shards])
         self.epoch_sequences = int(self.counts.sum())
@@ -643,7 +651,7 @@ class DataLoaderLite:
         if not self.epoch_sequences:
             most = max(map(len, shards)) - 1
             hint = f"try --seq_len {most}" if most > 0 else "give more text"
-            raise UserError(f"the data has no sequence of {seq_len} + 1 tokens; {hint}")
+            raise UserError(f"{source} has no sequence of {seq_len} + 1 tokens; {hint}")
 
     def order(self, size: int, *which: int) -> np.ndarray:
         return np.arange(size) if self.seed is None else permutation(size, self.seed, *which)
@@ -682,10 +690,11 @@ class DataLoaderLite:
         return tokens.pin_memory() if runtime.kind == "cuda" else tokens
 
 
-def step_starts(config: TrainConfig, epoch_sequences: int) -> np.ndarray:
+def step_starts(config: TrainConfig, epoch_sequences: int, unit: int = 1) -> np.ndarray:
     """Step s trains on sequences starts[s] .. starts[s + 1] - 1 of the run: steps + 1 numbers.
 
-    The run ends after the last whole batch of its epochs, or after --max_steps.
+    The run ends after the last whole batch of its epochs, or after --max_steps. Raises UserError,
+    naming a batch that works and is a multiple of `unit` sequences, when there is not one.
     """
     full = config.batch_tokens // config.seq_len
     end = math.inf if config.max_steps else config.epochs * epoch_sequences
@@ -700,8 +709,11 @@ def step_starts(config: TrainConfig, epoch_sequences: int) -> np.ndarray:
             break
         starts.append(starts[-1] + size)
     if len(starts) == 1:
-        have = int(config.epochs * epoch_sequences) * config.seq_len
-        raise UserError(f"{have} tokens of training data make no batch; try --batch_tokens {have}")
+        have = int(config.epochs * epoch_sequences)
+        works = have // unit * unit * config.seq_len
+        hint = f"try --batch_tokens {works}" if works else "give more text or --epochs"
+        what = f"--batch_tokens {config.batch_tokens} is more than there are to train on"
+        raise UserError(f"{what}, {have * config.seq_len}; {hint}")
     return np.array(starts)
 
 
@@ -718,7 +730,8 @@ def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int
         raise UserError(f"{what}; try {works}")
     rows = config.batch_tokens // (config.seq_len * runtime.world)
     if config.batch_ramp_tokens and rows % 16:
-        works = math.ceil(rows / 16) * 16 * config.seq_len * runtime.world
+        multiple = math.lcm(16, config.micro_batch or 1)
+        works = math.ceil(rows / multiple) * multiple * config.seq_len * runtime.world
         raise UserError(f"--batch_ramp_tokens needs 1/16 of a batch; try --batch_tokens {works}")
     if config.micro_batch:
         return config.micro_batch
@@ -881,6 +894,9 @@ class Records:
 
     def write(self, kind: str, **values) -> None:
         if self.file is not None:
+            for key, value in values.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    values[key] = None  # JSON knows neither infinity nor NaN
             self.waiting += json.dumps({"kind": kind, **values}).encode() + b"\n"
             try:
                 if os.write(self.file, self.waiting) < len(self.waiting):
@@ -915,7 +931,7 @@ class Progress:
 
     def __init__(self, records, model: GPT, config: TrainConfig, steps: int, runtime: Runtime):
         self.records, self.steps, self.runtime = records, steps, runtime
-        self.began, self.shown, self.done = 0.0, 0.0, 0
+        self.began, self.shown, self.done, self.peak = 0.0, 0.0, 0, runtime.peak_flops()
         # Operations for a token, forward and backward: 6 a parameter that multiplies (wpe only
         # adds), and 12 L C T for attention's two products ("PaLM", 2022, appendix B).
         c, parameters = model.config, sum(p.numel() for p in model.parameters())
@@ -923,8 +939,8 @@ class Progress:
         self.flops = 6 * weights + 12 * c.n_layer * c.n_embd * config.seq_len
 
     def step(self, step: int, loss, lr, norm, tokens: int, seconds: float, warning: str) -> None:
-        now, speed, peak = time.perf_counter(), tokens / seconds, self.runtime.peak_flops()
-        mfu = speed * self.flops / peak if peak else None
+        now, speed = time.perf_counter(), tokens / seconds
+        mfu = speed * self.flops / self.peak if self.peak else None
         line = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
         self.records.write("train", step=step, **line, tokens_per_second=speed, mfu=mfu)
         if self.done == 0:
@@ -960,9 +976,8 @@ def read_checkpoint(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {key: content[key] for key in ("step", "network", "settings", "model")} | content
     except Exception as error:  # a damaged file fails in as many ways as it has parts
-        reason = str(error).strip().partition("\n")[0]
         what = f"{path} is no whole checkpoint"
-        raise UserError(f"{what} ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from None
 
 
 def on_cpu(value):
@@ -1022,7 +1037,7 @@ class Saver:
                 if not self.keep_every or int(old.stem.split("_")[1]) % self.keep_every:
                     old.unlink()
         except (OSError, RuntimeError) as problem:  # the latter is torch's word for a full disk
-            reason = getattr(problem, "strerror", None) or str(problem).partition("\n")[0]
+            reason = getattr(problem, "strerror", None) or first_line(problem)
             error = f"checkpoint {content['step']} NOT written: {reason}"
             with suppress(OSError):
                 temporary.unlink()
@@ -1063,8 +1078,10 @@ def resumed_settings(config: TrainConfig, given: set[str], content: dict) -> Tra
     return TrainConfig(**was | {name: getattr(config, name) for name in given & MAY_CHANGE})
 
 
-def restore(saved: dict, parts: dict, loader: DataLoaderLite, runtime: Runtime) -> int:
-    """Bring all to the state of a checkpoint -> its step. Raises UserError for other data."""
+def restore(saved: dict, parts: dict, loader: DataLoaderLite, steps: int, runtime: Runtime) -> int:
+    """Bring all to the state of a checkpoint -> its step. Raises UserError if it does not fit."""
+    if saved["step"] > steps:
+        raise UserError(f"the checkpoint is of step {saved['step']}, the run ends at {steps}")
     if saved["epoch_sequences"] != loader.epoch_sequences:
         counts = f"{loader.epoch_sequences} sequences instead of {saved['epoch_sequences']}"
         raise UserError(f"the training data has changed since the checkpoint: {counts}; restore it")
@@ -1131,7 +1148,11 @@ def load_network(source: str) -> GPT:
         return model
     published = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     if source in published or (path / "config.json").is_file():
-        return GPT.from_pretrained(source)
+        model = GPT.from_pretrained(source)
+        if model.config.vocab_size >= fineweb.VOCAB_SIZE:
+            return model
+        what = f"--init_from {source} knows {model.config.vocab_size} tokens"
+        raise UserError(f"{what}, GPT-2's tokenizer has {fineweb.VOCAB_SIZE}")
     what = "is no checkpoint, no folder of checkpoints, no transformers folder, and none of"
     raise UserError(f"--init_from {source} {what} {', '.join(published)}")
 
@@ -1190,6 +1211,13 @@ def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> No
         records.write("sample", step=step, texts=texts)
 
 
+def show_hellaswag(step, model, examples, records, runtime) -> None:
+    scores = hellaswag.evaluate(model, examples, runtime)
+    share = dict(acc=scores.acc, acc_norm=scores.acc_norm, total=scores.total)
+    records.write("hellaswag", step=step, **share)
+    runtime.print(f"step {step:5d} | {scores}")
+
+
 def evaluate_only(model, val_loader, config, runtime) -> None:
     rows = max(1, 8192 // config.seq_len)
     show_validation(0, model, val_loader, config, rows, None, runtime)
@@ -1231,19 +1259,24 @@ def main(argv: list[str] | None = None) -> None:
     train_shards, val_shards = open_data(config.data, runtime)
     model, config = make_network(config, given, saved)
     model.to(runtime.device)
-    val_loader = DataLoaderLite(val_shards, config.seq_len, seed=None)
+    source = f"--data {config.data}"
+    val_loader = DataLoaderLite(val_shards, config.seq_len, None, source)
     if config.eval_only:
         return evaluate_only(model, val_loader, config, runtime)
-    loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
-    starts = step_starts(config, loader.epoch_sequences)
+    examples = hellaswag.load_examples(runtime=runtime) if config.hellaswag_every else []
+    loader = DataLoaderLite(train_shards, config.seq_len, config.seed, source)
     micro_batch = choose_micro_batch(config, model, runtime)
+    unit = (config.micro_batch or 1) * runtime.world
+    starts = step_starts(config, loader.epoch_sequences, unit)
 
     # What trains it.
     folder, steps = open_out_dir(config), len(starts) - 1
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    first = restore(saved, parts, loader, runtime) if saved else 0
+    first = restore(saved, parts, loader, steps, runtime) if saved else 0
+    if runtime.mean(first) != first:
+        raise UserError("processes found different checkpoints; they need one --out_dir together")
     how = compile_in_place(model, config, runtime)
     # Only the training step calls the wrapped network: parameters keep their names, and what else
     # runs the network does so without the others waiting.
@@ -1260,6 +1293,8 @@ def main(argv: list[str] | None = None) -> None:
             saver.save(step)
         if due(config.val_every, step, steps):
             show_validation(step, model, val_loader, config, micro_batch, records, runtime)
+        if due(config.hellaswag_every, step, steps):
+            show_hellaswag(step, model, examples, records, runtime)
         if due(config.sample_every, step, steps):
             show_samples(step, model, config, records, runtime)
         if step == steps:
