@@ -35,6 +35,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -55,7 +56,9 @@ RECORDS = {"val": 10_042, "train": 39_905}  # [the data set's card]; "test" has 
 LABELS = ("0", "1", "2", "3")  # GitHub's copy has numbers, the hub's has text
 
 BATCH_SIZE = 32  # examples whose contexts are equally long; each has four rows
-ROWS = 64  # endings at a time
+# Endings at a time. A CPU is busy with few, which then are of about one length and need little
+# padding; a GPU wants many.
+ROWS = {"cpu": 16, "cuda": 128, "mps": 128}
 PADDING = -1  # the id of no token
 LOGIT_ROWS = 1024  # predicted tokens at a time: 0.2 GB of float32 logits
 
@@ -310,7 +313,7 @@ def token_losses(model, x, targets):
 def log_probabilities(model, batch: list[Example], runtime) -> list[list[float]]:
     """B examples with contexts of S tokens -> (B, 4): of each ending the log-probability, nats.
 
-    A context is read once, and its keys and values serve all its endings. These are taken ROWS at a
+    A context is read once, and its keys and values serve all its endings. These are taken some at a
     time, in the order of their lengths, and padded on the right, where no token looks. The network
     runs in the runtime's dtype; the softmax, over GPT-2's ids alone, is in float32.
     """
@@ -321,7 +324,8 @@ def log_probabilities(model, batch: list[Example], runtime) -> list[list[float]]
         cache = [[] for _ in model.transformer.h]
         contexts = torch.tensor([example.context for example in batch], device=device)
         first = model.hidden(contexts, cache)[:, -1:]  # (B, S) -> (B, 1, C)
-        for rows in (by_length[i : i + ROWS] for i in range(0, len(endings), ROWS)):
+        for i in range(0, len(endings), ROWS[device.type]):
+            rows = by_length[i : i + ROWS[device.type]]
             E = max(1, len(endings[rows[-1]]))
             padded = [endings[row] + [PADDING] * (E - len(endings[row])) for row in rows]
             tokens = torch.tensor(padded, device=device)  # (R, E)
@@ -397,6 +401,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = train_gpt2.TrainConfig(device=args.device, dtype="float32")
     runtime = train_gpt2.Runtime(config)
+    train_gpt2.keep_freed_memory()
     examples = load_examples(args.data, args.split, runtime, args.harness)[: args.limit]
     model = train_gpt2.load_network(args.model).to(runtime.device)
     for example in examples[: args.show]:
@@ -421,3 +426,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    if "RANK" in os.environ:  # all is done: at a usual exit, gloo's threads may still abort it
+        os._exit(0)

@@ -5,8 +5,8 @@ each section uses only what stands above it, and its banner names the lecture's 
 
     python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
-    python train_gpt2.py --preset gpt2                      # one GPU: about two days
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs: overnight
+    python train_gpt2.py --preset gpt2                      # one GPU: 15 hours (an A100)
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs: two hours
     python train_gpt2.py --init_from log --eval_only --prompt "Once upon a time"
 
 Contents
@@ -52,6 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
@@ -100,7 +101,7 @@ class TrainConfig:
 
     seed: int = setting(1337, "of first weights, order of the data, and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu")
-    dtype: str = setting("auto", "of matrix products: bfloat16, float16 or float32")
+    dtype: str = setting("auto", "of products: bfloat16, float16, float32 (on a GPU TF32)")
     compile: bool | None = setting(None, "torch.compile (default: where it works)")
 
     n_layer: int = setting(12, "layers")  # GPT-2 paper, table 2
@@ -121,7 +122,7 @@ class TrainConfig:
     batch_ramp_tokens: int = setting(0, "tokens while the batch grows from 1/16 (0: it does not)")
 
     val_every: int = setting(250, "steps between validation losses (0: never)")  # the lecture
-    val_tokens: int = setting(10 * 2**20, "tokens of the validation data to read")  # ours
+    val_tokens: int = setting(20 * 2**19, "validation tokens to read")  # the lecture
     sample_every: int = setting(250, "steps between samples (0: never)")  # the lecture
     hellaswag_every: int = setting(250, "steps between HellaSwag scores (0: never)")  # the lecture
     timeout_minutes: float = setting(10.0, "for which processes wait for each other")  # ours
@@ -146,7 +147,8 @@ class TrainConfig:
             raise UserError(f"{what}; try --n_head {works}")
 
 
-# What --resume may change: all else would make it another run.
+# What --resume may change: all else would make it another run. A new --max_steps makes the run
+# longer or shorter, and the learning rate follows its new length from there on.
 MAY_CHANGE = {"data", "out_dir", "resume", "prompt", "device", "dtype", "compile", "micro_batch"}
 MAY_CHANGE |= {f.name for f in dataclasses.fields(TrainConfig) if f.name.endswith("_every")}
 MAY_CHANGE |= {"max_steps", "timeout_minutes"}
@@ -163,7 +165,7 @@ ROWS = {
     "demo": (4, 3, 96, 32, 24 * 32, 4.0e-3),
 }
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
-# Ours, by measurement: the fewest bits per byte after three minutes on two CPU cores (README.md).
+# Ours: of 14 networks the fewest bits per byte in three minutes on two CPU cores (runs/demo-cpu).
 PRESETS["demo"] |= dict(max_steps=1000, warmup_tokens=77_000, compile=False)
 PRESETS["demo"] |= dict(val_every=250, sample_every=500, hellaswag_every=0, checkpoint_every=0)
 PRESETS["demo"] |= dict(prompt="First Citizen:\n")
@@ -188,6 +190,7 @@ def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
             options["help"] += f" (gpt2: {f.default})"
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
     flags = vars(parser.parse_args(argv))  # what was given, and nothing else
+    given = set(flags)
 
     here, why = Path(__file__).parent, "as --preset says"
     if "preset" not in flags:
@@ -196,13 +199,11 @@ def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
         why = "edu_fineweb10B holds shards; --preset demo is the small one"
         if not found:
             why = "no shards in edu_fineweb10B; python fineweb.py makes them, for GPT-2 (124M)"
-    # torchrun --max-restarts starts all processes again when one has died.
-    flags.setdefault("resume", int(os.getenv("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
     if flags["preset"] not in PRESETS:
         raise UserError(f"--preset {flags['preset']}: there are {', '.join(PRESETS)}")
     default_data = "input.txt" if flags["preset"] == "demo" else "edu_fineweb10B"
     settings = {"data": str(here / default_data), **PRESETS[flags["preset"]], **flags}
-    return TrainConfig(**settings), set(flags), why
+    return TrainConfig(**settings), given, why
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         if past is None:
-            # softmax(q k^T / sqrt(D)) v, where a token looks only back. The kernel goes by blocks
+            # softmax(q k^T / sqrt(D)) v, where no token looks ahead. The kernel goes by blocks
             # ("FlashAttention", 2022): the (B, H, T, T) scores are never in memory.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -365,7 +366,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B, T, C) -> (B T, C)
-        if torch.compiler.is_compiling():  # which fuses the softmax into its neighbours by itself
+        if torch.compiler.is_compiling():  # the compiler fuses the softmax by itself
             return F.cross_entropy(self.lm_head(x).float(), targets)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -440,7 +441,7 @@ def generate(
 
     Each token is drawn from the `top_k` likeliest (1: the likeliest itself), with random numbers of
     its own: training's are left alone. `cached` keeps the keys and values of what was read, so that
-    a new token costs one pass over itself alone; without it the tokens are the same, only later.
+    a new token costs one pass over itself alone; without it the tokens are the same, only slower.
     """
     device, context = model.lm_head.weight.device, model.config.seq_len
     generator = torch.Generator().manual_seed(seed)  # the CPU's: the same draws on every device
@@ -448,9 +449,9 @@ def generate(
     cache = [[] for _ in model.transformer.h]
     for _ in range(max_new_tokens):
         if cached and tokens.size(1) <= context:
-            seen = cache[0][0].size(2) if cache[0] else 0
-            x = model.hidden(tokens[:, seen:], cache)  # (B, new) -> (B, new, C)
-        else:  # the window slides: each token gets another position, and the cache is worth nothing
+            new = tokens[:, -1:] if cache[0] else tokens
+            x = model.hidden(new, cache)  # (B, new) -> (B, new, C)
+        else:  # the window slides: every position changes, so the cache is void
             x = model.hidden(tokens[:, -context:])  # (B, T) -> (B, T, C)
         logits = model.lm_head(x[:, -1]).float()  # (B, C) -> (B, V)
         logits[:, fineweb.VOCAB_SIZE :] = -torch.inf  # padding: these ids stand for no text
@@ -498,10 +499,16 @@ class Runtime:
         self.dtype = getattr(torch, self.best_dtype() if config.dtype == "auto" else config.dtype)
         # TF32: the products that stay in float32 run on tensor cores with 10 bits of mantissa.
         torch.set_float32_matmul_precision("high" if self.kind == "cuda" else "highest")
-        if self.world > 1:  # whoever waits longer for the others gives up: a hung one ends the run
-            backend = "nccl" if self.kind == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes))
-            self.print(f"{backend}: processes wait {config.timeout_minutes} minutes for each other")
+        if self.world > 1:
+            # torchrun keeps its store over restarts, and in it the addresses of dead processes. A
+            # prefix hides them on one machine; for several, README.md names a setting of torchrun.
+            alone = os.getenv("GROUP_WORLD_SIZE", "1") == "1"
+            restarts = os.getenv("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
+            store = dist.PrefixStore(f"restart {restarts}", next(rendezvous("env://"))[0])
+            # Who waits longer for the others gives up, so that a hung process ends the run.
+            wait = timedelta(minutes=config.timeout_minutes)
+            me = dict(rank=self.rank, world_size=self.world, timeout=wait)
+            dist.init_process_group("nccl" if self.kind == "cuda" else "gloo", store=store, **me)
 
     def best_dtype(self) -> str:
         if self.kind == "cuda":  # tensor cores know bfloat16 from Ampere on, before it only float16
@@ -520,7 +527,7 @@ class Runtime:
             print(*args, flush=True)
 
     def sum(self, *values: float) -> list[float]:
-        """The sum of each value over all processes, which by this wait for each other."""
+        """The sum of each value over all processes; all of them wait for it."""
         if self.world == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -537,9 +544,6 @@ class Runtime:
     def mean(self, value: float) -> float:
         return self.sum(value)[0] / self.world
 
-    def barrier(self) -> None:
-        self.sum(0.0)
-
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
@@ -549,7 +553,7 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.kind == "cuda" else cpu
 
     def peak_flops(self) -> float | None:
-        """Operations a second of all devices at their best; None where nobody told us."""
+        """Operations a second of all devices at their best; None if it is not in PEAK_TFLOPS."""
         words = set(re.split(r"\W|_", self.device_name()))
         peaks = (peak for name, peak in PEAK_TFLOPS.items() if words.issuperset(name.split()))
         return next((1e12 * self.world * peak for peak in peaks), None)
@@ -560,7 +564,8 @@ def keep_freed_memory() -> None:
     new pages fault by fault at the next step: on a CPU half of the step's time."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: larger buffers get pages of their own
+        # M_MMAP_THRESHOLD: larger buffers get pages of their own. Old glibc takes 32 MB at most.
+        mallopt(-3, 2**31 - 1) or mallopt(-3, 2**25)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this at the heap's end is given back
 
 
@@ -575,7 +580,9 @@ def compile_in_place(model: GPT, config: TrainConfig, runtime: Runtime) -> str:
     try:  # compile something small: the only sure sign that Triton or a C++ compiler works
         torch.compile(torch.sin)(torch.zeros(8, device=runtime.device))
     except Exception:  # each of the compiler's parts fails with its own type
-        runtime.print("torch.compile finds no working compiler here: eager it is, only slower")
+        runtime.print(
+            "torch.compile finds no working compiler here: training runs eagerly, only slower"
+        )
         return "eager"
     model.compile()
     return "compiled"
@@ -665,7 +672,8 @@ class DataLoaderLite:
             ends = np.cumsum(self.counts[shards])  # where each shard's sequences end in the epoch
             place = np.searchsorted(ends, g, side="right")
             shard = shards[place]
-            i = self.order(self.counts[shard], epoch, 1 + shard)[g - ends[place]]  # from its end
+            # g - ends[place] is below 0: it counts from the end of the shard's order.
+            i = self.order(self.counts[shard], epoch, 1 + shard)[g - ends[place]]
             row[:] = read_tokens(self.shards[shard], i * self.seq_len, self.seq_len + 1)
         return rows
 
@@ -694,7 +702,7 @@ def step_starts(config: TrainConfig, epoch_sequences: int, unit: int = 1) -> np.
     """Step s trains on sequences starts[s] .. starts[s + 1] - 1 of the run: steps + 1 numbers.
 
     The run ends after the last whole batch of its epochs, or after --max_steps. Raises UserError,
-    naming a batch that works and is a multiple of `unit` sequences, when there is not one.
+    naming a batch that works and is a multiple of `unit` sequences, when there is no whole batch.
     """
     full = config.batch_tokens // config.seq_len
     end = math.inf if config.max_steps else config.epochs * epoch_sequences
@@ -717,6 +725,25 @@ def step_starts(config: TrainConfig, epoch_sequences: int, unit: int = 1) -> np.
     return np.array(starts)
 
 
+def step_fits(size: int, config: TrainConfig, model: GPT, runtime: Runtime) -> bool:
+    """Whether forward and backward of `size` sequences fit into memory beside all the rest."""
+    try:
+        # The rest: AdamW's two averages, and DDP's buckets of gradients.
+        rest = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        tokens = torch.zeros(size, config.seq_len, dtype=torch.long, device=runtime.device)
+        with runtime.autocast():
+            loss = model(tokens, tokens)
+        loss.backward()
+        return bool(rest)  # held until here: the pass has to fit beside it
+    except torch.OutOfMemoryError:
+        torch.compiler.reset()  # or the next size would be compiled for sizes of all kinds
+        return False
+    finally:
+        rest = loss = None
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
 def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int:
     """How many sequences a device takes at a time: --micro_batch, or the most that fit.
 
@@ -735,30 +762,13 @@ def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int
         raise UserError(f"--batch_ramp_tokens needs 1/16 of a batch; try --batch_tokens {works}")
     if config.micro_batch:
         return config.micro_batch
-    sizes = [rows >> k for k in range(20) if rows % (1 << k) == 0]  # all, a half, a quarter, ...
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0]  # all, a half, ..., one
     if runtime.kind != "cuda":  # where nothing says "too much" in time, and more is no faster
         return next((n for n in sizes if n * config.seq_len <= 8192), sizes[-1])
     for size in sizes:
         if runtime.mean(step_fits(size, config, model, runtime)) == 1:
             return size
     raise UserError("the GPU's memory holds not one sequence; try a smaller --seq_len or --preset")
-
-
-def step_fits(size: int, config: TrainConfig, model: GPT, runtime: Runtime) -> bool:
-    """Whether an eager forward and backward pass of `size` sequences fits beside all the rest."""
-    try:
-        # The rest: AdamW's two averages, and DDP's buckets of gradients.
-        rest = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-        tokens = torch.zeros(size, config.seq_len, dtype=torch.long, device=runtime.device)
-        with runtime.autocast():
-            model.forward(tokens, tokens).backward()
-        return len(rest) > 0
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        rest = tokens = None
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -855,6 +865,11 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
 # --------------------------------------------------------------------------------------------------
 # 9. Records (2:46:52, at its end: only one process writes)
 # --------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    return sorted(folder.glob("checkpoint_*.pt"))
 
 
 def open_out_dir(config: TrainConfig) -> Path:
@@ -961,11 +976,6 @@ class Progress:
 # --------------------------------------------------------------------------------------------------
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
-    return sorted(folder.glob("checkpoint_*.pt"))
-
-
 def read_checkpoint(path: Path) -> dict:
     """What a Saver wrote; UserError for anything else. Nothing in it can run code."""
     try:
@@ -992,8 +1002,9 @@ def on_cpu(value):
 class Saver:
     """Writes checkpoints: plain data, all that the run needs to go on as if nothing had happened.
 
-    Process 0 copies the state and a thread writes it, so that training waits for the copy alone. A
-    disk that says no is no reason to stop: `problem` says it, until a checkpoint is whole again.
+    Process 0 copies the state and a thread writes it: training waits for the copy alone, unless
+    the write before still goes on. A failed write does not stop the run; `problem` has its reason
+    until a checkpoint is whole again.
     """
 
     def __init__(self, folder: Path, parts: dict, header: dict, runtime: Runtime):
@@ -1079,14 +1090,15 @@ def resumed_settings(config: TrainConfig, given: set[str], content: dict) -> Tra
 
 
 def restore(saved: dict, parts: dict, loader: DataLoaderLite, steps: int, runtime: Runtime) -> int:
-    """Bring all to the state of a checkpoint -> its step. Raises UserError if it does not fit."""
+    """Put every part into a checkpoint's state -> its step. Raises UserError if it does not fit."""
     if saved["step"] > steps:
         raise UserError(f"the checkpoint is of step {saved['step']}, the run ends at {steps}")
     if saved["epoch_sequences"] != loader.epoch_sequences:
         counts = f"{loader.epoch_sequences} sequences instead of {saved['epoch_sequences']}"
         raise UserError(f"the training data has changed since the checkpoint: {counts}; restore it")
     for name, part in parts.items():
-        part.load_state_dict(saved[name])
+        if saved[name]:  # the scaler has no state in a run that needs none
+            part.load_state_dict(saved[name])
     if runtime.rank < len(saved["rng"]):
         torch.set_rng_state(saved["rng"][runtime.rank])
     return saved["step"]
@@ -1184,7 +1196,7 @@ def make_network(config: TrainConfig, given: set[str], saved: dict | None):
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Whether what happens every so many steps happens now; all of it does after the last."""
+    """Whether what is done every so many steps is due now; after the last step it always is."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
@@ -1227,6 +1239,8 @@ def evaluate_only(model, val_loader, config, runtime) -> None:
 
 def announce(model, how, starts, loader, micro_batch, config, runtime) -> None:
     parameters = sum(p.numel() for p in model.parameters())
+    if runtime.world > 1:
+        runtime.print(f"processes wait {config.timeout_minutes} minutes for each other, no longer")
     runtime.print(
         f"{parameters:,} parameters; {runtime.world} x {runtime.kind}, {runtime.dtype}, {how}\n"
         f"{len(starts) - 1:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
@@ -1239,8 +1253,8 @@ def finish(step: int, steps: int, stop: Stop, saver: Saver, runtime: Runtime) ->
     saver.save(step)
     problems = runtime.gather(saver.wait() or (str(stop.why) if stop.failed else ""))
     runtime.close()
-    for problem in filter(None, problems):
-        raise UserError(problem)
+    if any(problems):
+        raise UserError(next(filter(None, problems)))
     if step < steps:
         runtime.print(f"stopped by {stop.why} after step {step}; the same with --resume goes on")
 
@@ -1263,21 +1277,22 @@ def main(argv: list[str] | None = None) -> None:
     val_loader = DataLoaderLite(val_shards, config.seq_len, None, source)
     if config.eval_only:
         return evaluate_only(model, val_loader, config, runtime)
+    folder = open_out_dir(config)
     examples = hellaswag.load_examples(runtime=runtime) if config.hellaswag_every else []
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, source)
+    how = compile_in_place(model, config, runtime)
     micro_batch = choose_micro_batch(config, model, runtime)
     unit = (config.micro_batch or 1) * runtime.world
     starts = step_starts(config, loader.epoch_sequences, unit)
+    steps = len(starts) - 1
 
     # What trains it.
-    folder, steps = open_out_dir(config), len(starts) - 1
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     first = restore(saved, parts, loader, steps, runtime) if saved else 0
     if runtime.mean(first) != first:
         raise UserError("processes found different checkpoints; they need one --out_dir together")
-    how = compile_in_place(model, config, runtime)
     # Only the training step calls the wrapped network: parameters keep their names, and what else
     # runs the network does so without the others waiting.
     ddp = DistributedDataParallel(model) if runtime.world > 1 else model
@@ -1316,10 +1331,14 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+        if "RANK" in os.environ:  # all is done: at a usual exit, gloo's threads may still abort it
+            os._exit(0)
     except KeyboardInterrupt:
         sys.exit("train_gpt2.py: interrupted")
     except UserError as error:
-        # An error that all processes meet is said by number 0; torchrun then ends the others.
-        time.sleep(0 if os.getenv("RANK", "0") == "0" else 5)
+        if os.getenv("RANK", "0") != "0":
+            # What all processes meet, number 0 says; torchrun then ends the others in their sleep.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         print(f"train_gpt2.py: {error}", file=sys.stderr)
         sys.exit(2)

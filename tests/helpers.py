@@ -1,0 +1,121 @@
+"""What the tests share: the command as users run it, small inputs, and readers of its records."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_gpt2.py"
+
+# A network and a run that take a second: the vocabulary is the only big thing in it.
+TINY = shlex.split(
+    "--preset demo --n_layer 1 --n_head 2 --n_embd 16 --seq_len 16 --batch_tokens 128 --max_steps 4"
+    " --warmup_tokens 0 --dtype float32 --device cpu --no-compile --val_every 0 --sample_every 0"
+)
+
+
+def run(folder: Path, *flags, processes=1, **environment) -> subprocess.CompletedProcess:
+    """`python train_gpt2.py FLAGS`, or torchrun's equivalent, in `folder`; one thread a process."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    start = [sys.executable, *(torchrun if processes > 1 else ()), str(SCRIPT)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(
+        [*start, *map(str, flags)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def run_all(folder: Path, jobs: dict[str, dict]) -> dict[str, subprocess.CompletedProcess]:
+    """Runs by name, two at a time: {"flags": [...], "processes": 1, ...} each, all successful.
+
+    Each has its name as --out_dir.
+    """
+
+    def one(item):
+        name, job = item
+        job = dict(job)
+        done = run(folder, *job.pop("flags"), "--out_dir", name, **job)
+        assert done.returncode == 0, f"{name}: {done.stdout}\n{done.stderr}"
+        return name, done
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(one, jobs.items()))
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(folder: Path, kind="train") -> np.ndarray:
+    found = records(folder, kind)
+    steps = [record["step"] for record in found]
+    assert steps == sorted(set(steps)), "each step stands once, in order"
+    return np.array([record["loss"] for record in found])
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(max(folder.glob("checkpoint_*.pt")), weights_only=True)
+
+
+def write_bin(path: Path, tokens: np.ndarray) -> None:
+    """llm.c's format, by hand: 256 int32 (magic, version, count, zeros), then the tokens."""
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype(np.uint16).tobytes())
+
+
+def some_tokens(count: int, seed: int) -> np.ndarray:
+    """Tokens with something to learn: few ids are frequent, and each likes a certain next one."""
+    random = np.random.default_rng(seed)
+    tokens = (50257 * random.random(count) ** 6).astype(np.uint16)
+    return np.where(random.random(count) < 0.5, np.roll(tokens, 1) // 2, tokens).astype(np.uint16)
+
+
+def make_shards(folder: Path) -> Path:
+    """A folder of both formats, with tails: 20 + 30 training sequences of 16, 13 to validate."""
+    folder.mkdir()
+    np.save(folder / "x_train_000001.npy", some_tokens(20 * 16 + 1 + 9, 1))
+    write_bin(folder / "x_train_000002.bin", some_tokens(30 * 16 + 1, 2))
+    np.save(folder / "x_val_000000.npy", some_tokens(13 * 16 + 1 + 15, 3))
+    return folder
+
+
+def their_model(**sizes) -> transformers.GPT2LMHeadModel:
+    """transformers' GPT-2 without dropout, in which every bias and gain has a value of its own."""
+    torch.manual_seed(4)
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)
+    config._attn_implementation = "eager"
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def in_their_layout(theirs: torch.nn.Module, ours: dict) -> dict:
+    """Our tensors by name, the matrices of their Conv1D layers turned to (in, out)."""
+    turned = {f"{name}.weight" for name, m in theirs.named_modules() if isinstance(m, Conv1D)}
+    return {name: t.T if name in turned else t for name, t in ours.items()}
+
+
+def their_twin(content: dict) -> transformers.GPT2LMHeadModel:
+    """transformers' GPT-2 with the weights of one of our checkpoints, the padded rows included."""
+    network = dict(content["network"])
+    theirs = their_model(n_positions=network.pop("seq_len"), **network)
+    theirs.load_state_dict(in_their_layout(theirs, content["model"]))
+    return theirs

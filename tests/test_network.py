@@ -1,0 +1,201 @@
+"""The network and the published weights, against transformers' GPT-2."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import in_their_layout, their_model
+
+import train_gpt2
+from train_gpt2 import GPT, PRESETS, GPTConfig
+
+# name -> sizes, and the batch: (sequences, tokens of each)
+SIZES = {
+    "full context": (dict(vocab_size=300, n_positions=16, n_embd=32, n_layer=2, n_head=4), (3, 16)),
+    "more rows than a slice of the loss": (
+        dict(vocab_size=211, n_positions=300, n_embd=24, n_layer=3, n_head=2),
+        (9, 250),
+    ),
+    "gpt-2's vocabulary": (
+        dict(vocab_size=50257, n_positions=64, n_embd=48, n_layer=1, n_head=3),
+        (2, 33),
+    ),
+}
+
+
+def batch(sizes, shape):
+    torch.manual_seed(5)
+    tokens = torch.randint(sizes["vocab_size"], (shape[0], shape[1] + 1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.fixture
+def pair(request, tmp_path):
+    """transformers' model and ours with its weights, and a batch for both."""
+    sizes, shape = SIZES[request.param]
+    theirs = their_model(**sizes)
+    theirs.save_pretrained(tmp_path)
+    return theirs, GPT.from_pretrained(str(tmp_path)), *batch(sizes, shape)
+
+
+def assert_same_step(theirs, our_loss, ours, x, y, relative):
+    loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+    loss.backward()
+    our_loss.backward()
+    assert our_loss.dtype == torch.float32
+    assert our_loss.item() == pytest.approx(loss.item(), rel=relative)
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    gradients = in_their_layout(theirs, gradients)
+    assert gradients.keys() == dict(theirs.named_parameters()).keys()
+    for name, p in theirs.named_parameters():
+        error = (gradients[name] - p.grad).norm() / p.grad.norm()
+        assert error < relative, name
+
+
+@pytest.mark.parametrize("pair", SIZES, indirect=True)
+def test_loss_and_every_gradient_are_theirs(pair):
+    """Promise 1: same weights, same batch: loss and gradients equal to 1e-5 relative."""
+    theirs, ours, x, y = pair
+    assert_same_step(theirs, ours(x, y), ours, x, y, 1e-5)
+
+
+@pytest.mark.parametrize("pair", list(SIZES)[:1], indirect=True)
+def test_what_is_compiled_has_the_same_loss_and_gradients(pair):
+    """Promise 1 for the loss that torch.compile sees; its front end runs, no compiler is needed."""
+    theirs, ours, x, y = pair
+    ours.compile(backend="eager")
+    assert_same_step(theirs, ours(x, y), ours, x, y, 1e-5)
+
+
+@pytest.mark.parametrize("pair", list(SIZES)[1:2], indirect=True)
+def test_gradients_under_bf16_autocast_are_near(pair):
+    """The loss by slices keeps its precision under autocast: bfloat16's, nothing worse."""
+    theirs, ours, x, y = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(x, y)
+    assert_same_step(theirs, loss, ours, x, y, 0.03)
+
+
+@pytest.mark.parametrize("pair", list(SIZES)[:1], indirect=True)
+def test_gradients_accumulate_and_no_grad_gives_the_same_loss(pair):
+    """Two backward passes add up; a loss that is halved has half the gradient."""
+    _, ours, x, y = pair
+    (ours(x, y) / 2).backward()
+    half = [p.grad.clone() for p in ours.parameters()]
+    (ours(x, y) / 2).backward()
+    for p, h in zip(ours.parameters(), half, strict=True):
+        torch.testing.assert_close(p.grad, 2 * h)
+    with torch.no_grad():
+        assert ours(x, y).item() == pytest.approx(ours(x, y).item(), abs=0)
+    assert ours(x, y).requires_grad
+
+
+def test_no_logits_of_the_whole_batch_are_kept():
+    """model(tokens, targets) never holds B T x V numbers: not saved, and not for a moment."""
+    model = GPT(GPTConfig(seq_len=512, vocab_size=1000, n_layer=1, n_head=1, n_embd=8))
+    tokens = torch.zeros(8, 512, dtype=torch.long)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (result,) if isinstance(t, torch.Tensor))
+            return result
+
+    with Watch():
+        model(tokens, tokens).backward()
+    assert len(sizes) > 50
+    assert max(sizes) < 8 * 512 * 1000 / 2
+
+
+def test_published_parameter_counts():
+    """124,439,808 parameters, and transformers' counts for the larger three, padding apart."""
+    published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168}
+    published |= {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    for name, count in published.items():
+        sizes = {key: PRESETS[name][key] for key in ("seq_len", "n_layer", "n_head", "n_embd")}
+        with torch.device("meta"):
+            model = GPT(GPTConfig(vocab_size=50257, **sizes))
+            sizes["n_positions"] = sizes.pop("seq_len")
+            theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+        assert sum(p.numel() for p in model.parameters()) == count == theirs.num_parameters()
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        expected = in_their_layout(theirs, theirs.state_dict())
+        assert shapes == {name: tuple(t.shape) for name, t in expected.items()}
+    with torch.device("meta"):
+        padded = GPT(GPTConfig())
+    assert padded.lm_head.weight is padded.transformer.wte.weight
+    assert sum(p.numel() for p in padded.parameters()) == published["gpt2"] + 47 * 768
+
+
+def test_first_weights():
+    """Standard deviation 0.02, of c_proj 0.02 / sqrt(2 L); biases 0, gains 1; by the seed alone."""
+    config = GPTConfig(seq_len=256, vocab_size=1000, n_layer=8, n_head=2, n_embd=128)
+    torch.manual_seed(1)
+    model = GPT(config)
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            assert (p == (1 if "ln_" in name and name.endswith("weight") else 0)).all(), name
+        else:
+            expected = 0.005 if "c_proj" in name else 0.02  # 0.02 / sqrt(2 * 8)
+            assert p.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(p.mean().item()) < 0.05 * expected, name
+    torch.manual_seed(1)
+    same = GPT(config)
+    assert all(map(torch.equal, model.parameters(), same.parameters()))
+    loss = model(*batch(dict(vocab_size=1000), (4, 64))).item()
+    assert loss == pytest.approx(np.log(1000), abs=0.2)  # an untrained network knows nothing
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_round_trip_through_transformers(tmp_path, vocab_size):
+    """export_pretrained -> transformers -> from_pretrained: same logits; padded rows are gone."""
+    torch.manual_seed(2)
+    ours = GPT(GPTConfig(seq_len=24, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ours.export_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    back = GPT.from_pretrained(str(tmp_path))
+    assert theirs.config.vocab_size == back.config.vocab_size == 50257
+    assert back.config.seq_len == 24
+    tokens = torch.randint(50257, (3, 24))
+    with torch.no_grad():
+        logits = ours(tokens)[..., :50257]
+        torch.testing.assert_close(theirs(tokens).logits, logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(back(tokens), logits, atol=1e-4, rtol=0)
+    prompt = tokens[:1, :5]
+    greedy = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=15, do_sample=False
+    )
+    for model in (ours, back):
+        tokens = train_gpt2.generate(model, prompt[0].tolist(), 15, samples=1, top_k=1)
+        assert tokens.tolist() == greedy.tolist()
+
+
+def spoil_config(folder, **changes):
+    config = transformers.GPT2Config.from_pretrained(folder)
+    config.update(changes)
+    config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(activation_function="relu"),
+        dict(scale_attn_by_inverse_layer_idx=True),
+        dict(n_inner=40),
+        dict(n_layer=3),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_network_is_not_taken_for_gpt2(tmp_path, changes):
+    """What this file does not compute, or has not all weights for, is refused and not guessed."""
+    sizes = dict(vocab_size=100, n_positions=8, n_embd=8, n_layer=2, n_head=1)
+    theirs = their_model(**sizes, **({} if "n_layer" in changes else changes))
+    theirs.save_pretrained(tmp_path)
+    spoil_config(tmp_path, **changes)
+    with pytest.raises(train_gpt2.UserError, match=str(tmp_path)) as error:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,195 @@
+"""What can happen in a night: signals, kills, damage, full disks. The run goes on or says why."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SCRIPT, TINY, losses, make_shards, run
+from night import LONG, RUN, STEPS, copy, facts, quiet_run, recorded, start, wait_for
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory) -> Path:
+    return quiet_run(tmp_path_factory.mktemp("night"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signal_then_resume(quiet, name):
+    """A signal lets the step finish, leaves a checkpoint and exit status 0; what follows is as if
+    it had not come."""
+    folder = quiet / name
+    process = start(quiet, *RUN, "--out_dir", name)
+    wait_for(recorded(folder, 30), process)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert f"stopped by {name} after step" in said and "--resume" in said
+    done = run(quiet, *RUN, "--out_dir", name, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert facts(folder) == facts(quiet / "quiet")
+
+
+def test_resume_takes_settings_from_the_checkpoint(quiet):
+    """--resume alone goes on, also with no checkpoint yet; another run is refused by name."""
+    done = run(quiet, *TINY[:2], "--out_dir", "fresh", "--resume", *RUN)
+    assert done.returncode == 0 and "from the beginning" in done.stdout
+    assert facts(quiet / "fresh") == facts(quiet / "quiet")
+
+    folder = copy(quiet, "more")
+    refused = run(quiet, "--out_dir", "more", "--resume", "--learning_rate", "0.5")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert "--learning_rate 0.5" in refused.stderr
+    taken = run(quiet, "--out_dir", "more", "--resume", "--max_steps", 305, "--micro_batch", 2)
+    assert taken.returncode == 0, taken.stderr
+    assert "going on from" in taken.stdout and len(losses(folder)) == 305
+    assert torch.load(max(folder.glob("*.pt")), weights_only=True)["settings"]["seq_len"] == 16
+    anew = run(quiet, *RUN, "--out_dir", "more")
+    assert anew.returncode == 2 and "--resume" in anew.stderr and len(losses(folder)) == 305
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b""}.get(how, content))
+
+
+def test_damaged_checkpoints(quiet):
+    """A damaged newest checkpoint is named and the one before taken; if none is whole, one line."""
+    for how in ("truncated", "flipped", "empty"):
+        folder = copy(quiet, f"damaged_{how}")
+        damage(folder / "checkpoint_0000300.pt", how)
+        done = run(quiet, "--out_dir", folder.name, "--resume")
+        assert done.returncode == 0, done.stderr
+        assert "checkpoint_0000300.pt is no whole checkpoint" in done.stdout
+        assert "going on from" in done.stdout and "checkpoint_0000250.pt" in done.stdout
+        assert facts(folder) == facts(quiet / "quiet")
+    for path in folder.glob("checkpoint_*.pt"):
+        damage(path, "truncated")
+    done = run(quiet, "--out_dir", folder.name, "--resume")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert len(losses(folder)) == STEPS, "nothing is lost"
+
+
+def test_divergence_stops_before_the_update(quiet):
+    """A loss that is not finite: one line with the step, and the last good checkpoint stays."""
+    flags = [
+        "--learning_rate",
+        1e30,
+        "--min_lr_ratio",
+        1,
+        "--grad_clip",
+        0,
+        "--checkpoint_every",
+        1,
+    ]
+    done = run(quiet, *RUN, *flags, "--out_dir", "diverged")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    newest = max((quiet / "diverged").glob("checkpoint_*.pt"))
+    assert "at step" in line and newest.name in line and "--resume" in line
+    step = int(line.split("at step ")[1].split(";")[0])
+    assert torch.load(newest, weights_only=True)["step"] <= step
+
+
+def test_full_disk(quiet):
+    """A checkpoint cannot be written: training goes on with a warning, the old one stays."""
+    folder = copy(quiet, "full")
+    before = (folder / "checkpoint_0000300.pt").read_bytes()
+    limit = 'ulimit -f 2000; exec "$@"'  # blocks of 1 KiB: enough for records, not for a checkpoint
+    flags = ["--out_dir", "full", "--resume", "--max_steps", "400"]
+    done = subprocess.run(
+        ["bash", "-c", limit, "bash", sys.executable, str(SCRIPT), *flags],
+        cwd=quiet,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "checkpoint 400 NOT written" in done.stderr
+    assert "checkpoint 350 NOT written" in done.stdout, "it stays visible in the progress lines"
+    assert len(losses(folder)) == 400
+    assert (folder / "checkpoint_0000300.pt").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_folder_deleted_while_running(quiet):
+    """The output folder vanishes: it is made again for the checkpoints, and the run ends well."""
+    process = start(
+        quiet, *LONG, "--max_steps", 600, "--checkpoint_every", 200, "--out_dir", "gone"
+    )
+    wait_for(recorded(quiet / "gone", 20), process)
+    shutil.rmtree(quiet / "gone")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "deleted" in said, said
+    assert torch.load(quiet / "gone" / "checkpoint_0000600.pt", weights_only=True)["step"] == 600
+
+
+def test_shard_damaged_while_running(quiet):
+    """A shard that is cut or removed meanwhile is named in one line; a checkpoint is there."""
+    for how in ("cut", "removed"):
+        folder, shards = quiet / how, make_shards(quiet / f"shards_{how}")
+        process = start(quiet, *LONG, "--data", shards.name, "--out_dir", how)
+        wait_for(recorded(folder, 5), process)
+        shard = shards / "x_train_000002.bin"
+        if how == "cut":
+            os.truncate(shard, 1200)
+        else:
+            shard.unlink()
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and "Traceback" not in said, said
+        assert str(shard.name) in said.splitlines()[-1]
+        content = torch.load(max(folder.glob("checkpoint_*.pt")), weights_only=True)
+        assert content["step"] == len(losses(folder))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch it_ran",)
+
+
+def test_nothing_that_is_loaded_runs(quiet):
+    """A malicious pickle as checkpoint and as shard: refused in one line, and not run."""
+    folder = copy(quiet, "evil")
+    for path in folder.glob("checkpoint_*.pt"):
+        path.write_bytes(pickle.dumps(Evil()))
+    torch.save({"model": Evil()}, quiet / "evil.pt")
+    shards = make_shards(quiet / "evil_shards")
+    np.save(shards / "x_train_000001.npy", np.array([Evil()], object), allow_pickle=True)
+    (quiet / "evil_shards" / "x_val_000000.npy").write_bytes(pickle.dumps(Evil()))
+    for flags in (
+        ["--out_dir", "evil", "--resume"],
+        ["--init_from", "evil.pt", "--eval_only"],
+        [*RUN, "--data", "evil_shards", "--out_dir", "evil_too"],
+    ):
+        done = run(quiet, *flags)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (quiet / "it_ran").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a FIFO")
+def test_killed_while_writing_a_checkpoint(quiet):
+    """kill -9 with a checkpoint half written: the older ones are whole, and the half one goes."""
+    folder = quiet / "fifo"
+    process = start(quiet, *RUN, "--out_dir", "fifo", "--checkpoint_every", 2)
+    wait_for(lambda: list(folder.glob("checkpoint_*.pt")), process)
+    for step in range(2, STEPS + 1, 2):  # a disk that takes the bytes of no further checkpoint
+        if not (folder / f"checkpoint_{step:07d}.tmp").exists():
+            os.mkfifo(folder / f"checkpoint_{step:07d}.tmp")
+    time.sleep(2)
+    assert process.poll() is None, "the writer waits"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = run(quiet, *RUN, "--out_dir", "fifo", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert facts(folder) == facts(quiet / "quiet")
+    assert not list(folder.glob("*.tmp"))

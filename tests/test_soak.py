@@ -1,0 +1,56 @@
+"""The long night, by `python -m pytest -m soak`: kills over one demo-sized run."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from helpers import losses, make_shards, run
+from night import RUN, facts, recorded, start, wait_for
+from test_night_together import agent, free_port
+
+pytestmark = pytest.mark.soak
+DEMO = ["--preset", "demo", "--max_steps", 300, "--checkpoint_every", 15, "--val_every", 100]
+DEMO += ["--val_tokens", 4096, "--sample_every", 100, "--device", "cpu"]
+
+
+def test_twenty_kills(tmp_path):
+    """Killed -9 at 20 random moments and resumed each time: bit for bit the quiet run."""
+    assert run(tmp_path, *DEMO, "--out_dir", "quiet").returncode == 0
+    dice, kills = random.Random(0), 0
+    while kills < 20:
+        process = start(tmp_path, *DEMO, "--out_dir", "killed", "--resume")
+        try:
+            process.communicate(timeout=dice.uniform(1, 25))
+            break  # it has come to its end
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    print(f"{kills} kills")
+    assert kills >= 20 or facts(tmp_path / "killed")
+    assert run(tmp_path, *DEMO, "--out_dir", "killed", "--resume").returncode == 0
+    assert facts(tmp_path / "killed") == facts(tmp_path / "quiet")
+
+
+def test_a_machine_dies_and_comes_back(tmp_path):
+    """One of two torchrun agents is killed with its worker and started again: the job finishes."""
+    make_shards(tmp_path / "shards")
+    longer = [*RUN, "--max_steps", 3000]
+    assert run(tmp_path, *longer, "--out_dir", "quiet").returncode == 0
+    port = free_port()
+    flags = [*longer, "--out_dir", "machines", "--resume", "--timeout_minutes", "0.5"]
+    first, second = (agent(tmp_path, port, *flags) for _ in range(2))
+    wait_for(recorded(tmp_path / "machines", 300), first)
+    # The agent that hosts the rendezvous must live; it is the one that listens on the port.
+    host = subprocess.run(["ss", "-ltnp"], check=True, capture_output=True, text=True).stdout
+    dying, living = (first, second) if f"pid={second.pid}," in host else (second, first)
+    os.killpg(dying.pid, signal.SIGKILL)
+    time.sleep(3)
+    again = agent(tmp_path, port, *flags)
+    said = [each.communicate(timeout=300)[0] for each in (living, again)]
+    assert living.returncode == 0 and again.returncode == 0, said
+    np.testing.assert_allclose(losses(tmp_path / "machines"), losses(tmp_path / "quiet"), atol=1e-4)

@@ -1,0 +1,291 @@
+"""The real loop, by its command, against plain loops written here."""
+
+import math
+import platform
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    TINY,
+    checkpoint,
+    losses,
+    make_shards,
+    records,
+    run_all,
+    their_model,
+    their_twin,
+)
+
+import fineweb
+import train_gpt2
+from train_gpt2 import GPT, DataLoaderLite, GPTConfig, TrainConfig
+
+T = 16  # and 8 sequences a step: 50 in the data are an epoch of a little over 6 steps
+LOOP = ["--data", "shards", "--max_steps", 14, "--learning_rate", 3e-3]
+LOOP += ["--warmup_tokens", 10 * 128, "--weight_decay", 0.3, "--grad_clip", 0.5, "--seed", 5]
+VALIDATE = ["--val_every", 5, "--val_tokens", 12 * T + 5]
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts by hand
+# --------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    """Points of the three regimes, by hand: lr 1, a tenth of it at last, warmup 100 of 500."""
+    config = TrainConfig(learning_rate=1.0, min_lr_ratio=0.1, warmup_tokens=100)
+    points = {1: 0.01, 50: 0.5, 100: 1.0, 300: 0.55, 500: 0.1, 900: 0.1}
+    points[200] = 0.1 + 0.9 * (0.5 + 0.25 * math.sqrt(2))  # a quarter of the way: cos(pi / 4)
+    points[400] = 0.1 + 0.9 * (0.5 - 0.25 * math.sqrt(2))
+    for tokens, lr in points.items():
+        assert train_gpt2.learning_rate(tokens, 500, config) == pytest.approx(lr, rel=1e-12)
+    whole = TrainConfig(learning_rate=1.0, min_lr_ratio=0.0, warmup_tokens=0)
+    assert train_gpt2.learning_rate(500, 1000, whole) == pytest.approx(0.5)
+    assert train_gpt2.learning_rate(1000, 1000, whole) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_what_decays():
+    """Matrices and embeddings decay, biases and LayerNorm do not; each parameter stands once."""
+    model = GPT(GPTConfig(seq_len=8, vocab_size=10, n_layer=2, n_head=1, n_embd=4))
+    optimizer = train_gpt2.make_optimizer(model, TrainConfig(weight_decay=0.25))
+    names = {p: name for name, p in model.named_parameters()}
+    decay = {}
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8
+        for p in group["params"]:
+            assert names[p] not in decay
+            decay[names[p]] = group["weight_decay"]
+    assert decay.keys() == set(names.values())
+    vectors = re.compile(r"bias$|ln_\w+\.weight$")
+    assert all(d == (0.0 if vectors.search(name) else 0.25) for name, d in decay.items())
+
+
+@pytest.mark.parametrize("libc", ["as here", "none"])
+def test_keep_freed_memory_works_anywhere(monkeypatch, libc):
+    """The call for glibc is made where glibc is, and elsewhere nothing happens."""
+    if libc == "none":
+        monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+        monkeypatch.setattr(train_gpt2.ctypes, "CDLL", None)
+    train_gpt2.keep_freed_memory()
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop in float32
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run in many ways: from given weights; with other micro-batches; with two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_shards(folder / "shards")
+    sizes = dict(n_positions=24, n_embd=16, n_layer=1, n_head=2)
+    their_model(**sizes).save_pretrained(folder / "given")
+    ramp = ["--batch_tokens", 32 * T, "--batch_ramp_tokens", 96 * T]
+    ways = {
+        "from given weights": ["--init_from", "given", "--micro_batch", 2, "--max_steps", 30],
+        "1 process, 8": ["--micro_batch", 8, *VALIDATE],
+        "1 process, 4": ["--micro_batch", 4],
+        "1 process, 2": ["--micro_batch", 2],
+        "1 process, 1": ["--micro_batch", 1, *VALIDATE],
+        "2 processes, 4": ["--micro_batch", 4, *VALIDATE],
+        "2 processes, 1": ["--micro_batch", 1],
+        "ramp": [*ramp, "--micro_batch", 4],
+        "ramp, 2 processes": [*ramp, "--micro_batch", 8],
+        "float16": ["--dtype", "float16", "--max_steps", 6],
+    }
+    jobs = {name: dict(flags=[*TINY, *LOOP, *flags]) for name, flags in ways.items()}
+    for name, job in jobs.items():
+        job["processes"] = 2 if "2 processes" in name else 1
+    return folder, run_all(folder, jobs)
+
+
+def training_data(folder):
+    """The sequences in the order of the run, which test_data.py holds against its promises."""
+    shards = [fineweb.open_shard(path) for path in fineweb.list_shards(folder / "shards", "train")]
+    return DataLoaderLite(shards, T, seed=5)
+
+
+def their_loss(model, rows: torch.Tensor) -> torch.Tensor:
+    logits = model(rows[:, :-1]).logits.flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten())
+
+
+def test_thirty_steps_are_those_of_a_plain_loop(runs):
+    """Promise 2: transformers' model, torch's AdamW and a schedule by hand give every loss."""
+    folder, _ = runs
+    model = their_model(n_positions=24, n_embd=16, n_layer=1, n_head=2)
+    no_decay = [p for n, p in model.named_parameters() if n.endswith("bias") or "ln_" in n]
+    decay = [p for p in model.parameters() if not any(p is q for q in no_decay)]
+    groups = [dict(params=decay, weight_decay=0.3), dict(params=no_decay, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
+    data = training_data(folder)
+    for step, record in enumerate(records(folder / "from given weights", "train")):
+        if step < 10:
+            lr = 3e-3 * (step + 1) / 10
+        else:
+            lr = 3e-4 + 2.7e-3 * 0.5 * (1 + math.cos(math.pi * (step + 1 - 10) / 20))
+        loss = their_loss(model, torch.from_numpy(data.sequences(8 * step, 8)))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        assert record["step"] == step
+        assert record["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert record["lr"] == pytest.approx(lr, rel=1e-9)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert norm > 0.5  # or the clip is not tested
+    assert step == 29
+    assert record["loss"] < losses(folder / "from given weights")[0] - 0.5
+    content = checkpoint(folder / "from given weights")
+    assert content["step"] == 30
+    rows = torch.from_numpy(data.sequences(0, 8))
+    with torch.no_grad():  # what is saved is what was trained, the last update included
+        assert their_loss(their_twin(content), rows) == pytest.approx(
+            their_loss(model, rows).item(), abs=1e-4
+        )
+
+
+def test_processes_and_micro_batches_change_nothing(runs):
+    """Promise 3: batch_tokens fixed, any cut of it: the same batches, losses within 1e-4."""
+    folder, _ = runs
+    one = losses(folder / "1 process, 8")
+    assert len(one) == 14
+    # Batches differ by more than the tolerance: taking another one would be seen.
+    assert np.min(np.abs(np.diff(one))) > 3e-4
+    for name in ("1 process, 4", "1 process, 2", "1 process, 1", "2 processes, 4"):
+        np.testing.assert_allclose(losses(folder / name), one, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(losses(folder / "2 processes, 1"), one, atol=1e-4)
+    norms = {
+        name: [record["grad_norm"] for record in records(folder / name, "train")]
+        for name in ("1 process, 8", "2 processes, 1")
+    }
+    np.testing.assert_allclose(*norms.values(), rtol=1e-3)
+
+
+def test_validation_is_the_same_however_it_is_cut(runs):
+    """At step 0, every five steps and at the end; a brute-force mean; any batch and world."""
+    folder, _ = runs
+    names = ("1 process, 8", "1 process, 1", "2 processes, 4")
+    val = {name: records(folder / name, "val") for name in names}
+    assert [[r["step"] for r in val[name]] for name in names] == [[0, 5, 10, 14]] * 3
+    for name in names[1:]:
+        np.testing.assert_allclose(
+            losses(folder / name, "val"), losses(folder / names[0], "val"), atol=1e-4
+        )
+    # val_tokens are 12 sequences and a bit; the shard has 13 and a tail.
+    (path,) = fineweb.list_shards(folder / "shards", "val")
+    tokens = torch.from_numpy(np.load(path).astype(np.int64))
+    model = their_twin(checkpoint(folder / names[0]))
+    nats = []
+    with torch.no_grad():
+        for first in range(0, 12 * T, T):
+            log_p = model(tokens[None, first : first + T]).logits[0].double().log_softmax(dim=1)
+            nats += [-log_p[t, tokens[first + t + 1]].item() for t in range(T)]
+    assert len(nats) == 12 * T
+    assert val[names[0]][-1]["loss"] == pytest.approx(np.mean(nats), abs=1e-5)
+    text = fineweb.gpt2_tokenizer().decode_bytes(tokens[1 : 12 * T + 1].tolist())
+    bits = sum(nats) / math.log(2) / len(text)
+    assert val[names[0]][-1]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_batch_ramp_runs(runs):
+    """Steps of 1/16, 1/8, ... of 32 sequences over 96 of them, 1 process or 2."""
+    folder, _ = runs
+    # After n sequences the line is at 2 + 30 n / 96: at 4 from n = 6.4 on, at 8 from 19.2, at 16
+    # from 44.8, at 32 from 96. So four steps of 2 (to 8), three of 4 (to 20), four of 8 (to 52),
+    # three of 16 (to 100).
+    sizes = [2] * 4 + [4] * 3 + [8] * 4 + [16] * 3
+    for name in ("ramp", "ramp, 2 processes"):
+        content = records(folder / name, "train")
+        tokens = [record["tokens_per_second"] * record["step_ms"] / 1000 for record in content]
+        assert tokens == pytest.approx([size * T for size in sizes])
+        assert [r["lr"] for r in content[:4]] == pytest.approx(
+            [3e-3 * min(1, n * T / 1280) for n in (2, 4, 6, 8)]
+        )
+    np.testing.assert_allclose(
+        losses(folder / "ramp"), losses(folder / "ramp, 2 processes"), atol=1e-4
+    )
+
+
+def test_float16_trains(runs):
+    """With the GradScaler, no update is lost: each loss is near float32's of the same step."""
+    folder, _ = runs
+    half, full = losses(folder / "float16"), losses(folder / "1 process, 8")[:6]
+    assert (half != full).any()
+    np.testing.assert_allclose(half, full, atol=3e-3)
+    assert half[-1] < half[0] - 0.01
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled, and in bfloat16
+# --------------------------------------------------------------------------------------------------
+
+SMALL = shlex.split(
+    "--preset demo --n_layer 2 --n_head 2 --n_embd 48 --seq_len 32 --batch_tokens 128"
+)
+SMALL += shlex.split(
+    "--device cpu --no-compile --warmup_tokens 2000 --max_steps 100 --sample_every 0"
+)
+SMALL += ["--val_every", 100, "--val_tokens", 2000]
+
+
+@pytest.fixture(scope="module")
+def compiled_runs(tmp_path_factory):
+    """The same run compiled, on two processes, and eager, on one."""
+    folder = tmp_path_factory.mktemp("compiled")
+    make_shards(folder / "shards")
+    flags = [*TINY, *LOOP, *VALIDATE, "--micro_batch", 2, "--max_steps", 6, "--sample_every", 3]
+    logs = dict(TORCH_LOGS="recompiles,graph_breaks", TORCHINDUCTOR_COMPILE_THREADS="1")
+    jobs = {
+        "compiled": dict(flags=[*flags, "--compile"], processes=2, **logs),
+        "eager": dict(flags=flags),
+    }
+    return folder, run_all(folder, jobs)
+
+
+def test_compiled_runs_agree_with_eager_ones(compiled_runs):
+    """Promise 5: losses within 1e-3, with validation and samples, on two processes."""
+    folder, done = compiled_runs
+    for kind, count in (("train", 6), ("val", 3)):
+        compiled, eager = (losses(folder / name, kind) for name in ("compiled", "eager"))
+        assert len(compiled) == count
+        np.testing.assert_allclose(compiled, eager, atol=1e-3)
+    for name in ("compiled", "eager"):
+        assert [record["step"] for record in records(folder / name, "sample")] == [0, 3, 6]
+        assert name in done[name].stdout
+    names = [checkpoint(folder / name)["model"].keys() for name in ("compiled", "eager")]
+    assert names[0] == names[1]
+
+
+def test_few_graphs_are_compiled(compiled_runs):
+    """One for training and one for validation: whole ones, for each process, and no more."""
+    log = compiled_runs[1]["compiled"].stderr
+    assert len(re.findall(r"Recompiling function forward", log)) == 2, log  # 1 a process
+    assert "Graph break" not in log
+
+
+def test_bfloat16_trains_as_well_as_float32(tmp_path):
+    """Promise 6, a short run on the demo's text: the final loss within 0.05, far below the first.
+
+    Bits per byte of the text are by hand, too: its last tenth, as tokens, and their bytes.
+    """
+    dtypes = ("float32", "bfloat16")
+    run_all(tmp_path, {dtype: dict(flags=[*SMALL, "--dtype", dtype]) for dtype in dtypes})
+    full, half = (losses(tmp_path / dtype, "val") for dtype in dtypes)
+    assert full[-1] < full[0] - 2.5
+    assert half[-1] == pytest.approx(full[-1], abs=0.05)
+    assert half[-1] != full[-1]
+    text = (ROOT / "input.txt").read_text()
+    tokenizer = fineweb.gpt2_tokenizer()
+    tokens = tokenizer.encode_ordinary(text[int(0.9 * len(text)) :])[: 62 * 32 + 1]
+    per_token = len(tokenizer.decode_bytes(tokens[1:])) / (62 * 32)  # 62 whole sequences in 2000
+    for record in records(tmp_path / "float32", "val"):
+        expected = record["loss"] / math.log(2) / per_token
+        assert record["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
