@@ -1277,14 +1277,13 @@ def main(argv: list[str] | None = None) -> None:
     val_loader = DataLoaderLite(val_shards, config.seq_len, None, source)
     if config.eval_only:
         return evaluate_only(model, val_loader, config, runtime)
-    folder = open_out_dir(config)
     examples = hellaswag.load_examples(runtime=runtime) if config.hellaswag_every else []
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, source)
     how = compile_in_place(model, config, runtime)
     micro_batch = choose_micro_batch(config, model, runtime)
     unit = (config.micro_batch or 1) * runtime.world
     starts = step_starts(config, loader.epoch_sequences, unit)
-    steps = len(starts) - 1
+    folder, steps = open_out_dir(config), len(starts) - 1
 
     # What trains it.
     optimizer = make_optimizer(model, config)
