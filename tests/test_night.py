@@ -47,10 +47,13 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     refused = run(quiet, "--out_dir", "more", "--resume", "--learning_rate", "0.5")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "--learning_rate 0.5" in refused.stderr
-    taken = run(quiet, "--out_dir", "more", "--resume", "--max_steps", 305, "--micro_batch", 2)
+    taken = ["--max_steps", 305, "--micro_batch", 2, "--checkpoint_every", 1, "--keep_every", 2]
+    taken = run(quiet, "--out_dir", "more", "--resume", *taken)
     assert taken.returncode == 0, taken.stderr
     assert "going on from" in taken.stdout and len(losses(folder)) == 305
     assert torch.load(max(folder.glob("*.pt")), weights_only=True)["settings"]["seq_len"] == 16
+    kept = [int(path.stem.split("_")[1]) for path in sorted(folder.glob("*.pt"))]
+    assert kept == [250, 300, 302, 304, 305], "the newest two, and every second one"
     anew = run(quiet, *RUN, "--out_dir", "more")
     assert anew.returncode == 2 and "--resume" in anew.stderr and len(losses(folder)) == 305
 

@@ -53,10 +53,11 @@ def agent(folder: Path, port: int, *flags) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=3"]
     torchrun += ["--local-addr=127.0.0.1"]
+    new_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # after a restart, as README.md says
     return subprocess.Popen(
         [sys.executable, *torchrun, str(SCRIPT), *map(str, flags)],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | new_store,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
