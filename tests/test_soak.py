@@ -6,9 +6,8 @@ import signal
 import subprocess
 import time
 
-import numpy as np
 import pytest
-from helpers import losses, make_shards, run
+from helpers import make_shards, run
 from night import RUN, facts, recorded, start, wait_for
 from test_night_together import agent, free_port
 
@@ -34,8 +33,8 @@ def test_twenty_kills(tmp_path):
 def test_a_machine_dies_and_comes_back(tmp_path):
     """One of two torchrun agents is killed with its worker and started again: the job finishes."""
     make_shards(tmp_path / "shards")
-    longer = [*RUN, "--max_steps", 3000]
-    assert run(tmp_path, *longer, "--out_dir", "quiet").returncode == 0
+    longer = [*RUN, "--max_steps", 1500]
+    assert run(tmp_path, *longer, "--out_dir", "quiet", processes=2).returncode == 0
     port = free_port()
     flags = [*longer, "--out_dir", "machines", "--resume", "--timeout_minutes", "0.5"]
     first, second = (agent(tmp_path, port, *flags) for _ in range(2))
@@ -48,4 +47,4 @@ def test_a_machine_dies_and_comes_back(tmp_path):
     again = agent(tmp_path, port, *flags)
     said = [each.communicate(timeout=300)[0] for each in (living, again)]
     assert living.returncode == 0 and again.returncode == 0, said
-    np.testing.assert_allclose(losses(tmp_path / "machines"), losses(tmp_path / "quiet"), atol=1e-4)
+    assert facts(tmp_path / "machines") == facts(tmp_path / "quiet")
