@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 
@@ -584,3 +585,20 @@ def test_usable_cores(folder, monkeypatch):
     assert fineweb.usable_cores(folder) == 16
     (v1 / "cpu.cfs_quota_us").write_text("50000\n")
     assert fineweb.usable_cores(folder) == 1
+
+
+def test_the_trainer_trains_on_the_shards(tmp_path):
+    """train_gpt2.py takes the folder as it is, for both formats, and names an incomplete one."""
+    losses = []
+    for format in ("npy", "bin"):
+        made = ["--input", HERE / "input.txt", "--format", format, "--shard_tokens", 20_000]
+        run(*made, "--out", format, cwd=tmp_path)
+        flags = [*helpers.TINY, "--data", format, "--val_every", 4, "--out_dir", f"log_{format}"]
+        done = helpers.run(tmp_path, *flags)
+        assert done.returncode == 0 and "incomplete" not in done.stdout, done.stderr
+        losses.append(list(helpers.losses(tmp_path / f"log_{format}")))
+    assert losses[0] == losses[1]
+    manifest = json.loads((tmp_path / "npy" / "manifest.json").read_text())
+    (tmp_path / "npy" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    done = helpers.run(tmp_path, *helpers.TINY, "--data", "npy", "--out_dir", "log_incomplete")
+    assert done.returncode == 0 and "npy is incomplete" in done.stdout
