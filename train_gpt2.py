@@ -891,7 +891,7 @@ class Records:
     """metrics.jsonl: one JSON object a line, of some `kind`, by process 0 alone.
 
     Opened to go on at `step`, it keeps what was recorded before that step and nothing else, so that
-    each step stands once. The first line says what produced the rest.
+    each step stands once. The first line says how the run was begun.
     """
 
     def __init__(self, folder: Path, step: int, header: dict, runtime: Runtime):
