@@ -13,9 +13,8 @@ byte for byte as if nothing had happened. That rests on one idea: the source is 
 pieces of text, so (part, piece, token) is the address of any token, and the manifest notes with
 each shard the address at which the next one begins. A restart opens the source there.
 
-The tokenizer runs on threads and not on processes: tiktoken's Rust code lets go of Python's lock,
-so threads keep all cores busy. There is then no start method to get wrong, nothing to pickle, and
-no orphan left behind when the command is killed.
+The tokenizer runs in processes, one a core. Threads would do, too, since tiktoken's Rust code lets
+go of Python's lock, but they are slower: each piece of text has to win the lock back.
 
 Contents
     1. Settings                     4. The manifest                     7. Tokens to shards
@@ -35,13 +34,18 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +57,8 @@ VOCAB_SIZE = 50257  # GPT-2: 256 bytes, 50,000 merges, <|endoftext|>; an id fits
 END_OF_TEXT = 50256  # stands before every document
 
 PIECE_CHARS = 2**20  # longer documents are cut into pieces of about this size: memory stays bounded
-BATCH_CHARS = 2**18  # what a thread tokenizes at a time: some 60,000 tokens in 20 ms
+BATCH_CHARS = 2**18  # what a process tokenizes at a time: some 60,000 tokens in 15 ms
+AHEAD = 32  # batches a process may be ahead of the shard in hand, so that none waits for the disk
 BATCH_ROWS = 64  # rows of a data set that are turned into Python strings at a time
 
 # Sizes in tokens, for the progress bar's ETA only. [build-nanogpt, issue 25]
@@ -81,7 +86,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--format", choices=["npy", "bin"], default="npy", help="bin: llm.c's (default: npy)")
     add("--shard_tokens", type=int, default=100_000_000, help="a shard (default: %(default)s)")
     add("--max_tokens", type=int, help="stop after so many (default: at the end of the text)")
-    add("--workers", type=int, help="threads that tokenize (default: all usable cores)")
+    add("--workers", type=int, help="processes that tokenize (default: one a usable core)")
     add("--verify", action="store_true", help="check the shards in --out and write nothing")
     args = parser.parse_args(argv)
     for name in ("shard_tokens", "max_tokens", "workers"):
@@ -411,8 +416,8 @@ def open_hub(dataset: str, config: str, revision: str | None, field: str) -> tup
     def read(part: int) -> Iterator[object]:
         try:
             file = rows.shard(num_shards=parts, index=part).select_columns([field])
-            for batch in file.iter(BATCH_ROWS):
-                yield from batch[field]
+            for batch in file.with_format("arrow").iter(BATCH_ROWS):
+                yield from batch[field].to_pylist()
         except Exception as error:
             what = f"file {part + 1} of {parts} broke off; start the same command again"
             raise named(error, what) from error
@@ -492,7 +497,7 @@ def encode(batch: list[tuple]) -> list[tuple]:
 
 
 def batches(source: Iterator[tuple]) -> Iterator[list[tuple]]:
-    """The pieces in lists of about BATCH_CHARS, so that handing one to a thread costs little."""
+    """The pieces in lists of about BATCH_CHARS, so that handing one to a process costs little."""
     batch, size = [], 0
     for piece in source:
         batch.append(piece)
@@ -503,19 +508,52 @@ def batches(source: Iterator[tuple]) -> Iterator[list[tuple]]:
     yield batch
 
 
-def encoded(source: Iterator[tuple], workers: int) -> Iterator[tuple]:
-    """`encode` on threads, in order, with at most 2 * workers batches in the air."""
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = deque()
-        try:
-            for batch in batches(source):
-                ahead.append(pool.submit(encode, batch))
-                if len(ahead) > 2 * workers:
-                    yield from ahead.popleft().result()
-            while ahead:
+def begin_worker():
+    """In each new process: Ctrl-C is the parent's affair, and a killed parent leaves no orphans."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = [multiprocessing.parent_process().sentinel]
+
+    def end_with_parent():
+        multiprocessing.connection.wait(parent)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    gpt2_tokenizer()
+
+
+@contextlib.contextmanager
+def start_workers(number: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are ready to `encode`, begun by whatever start method Python has been set to.
+
+    They begin before the source is opened: forking a process that reads from the net is not safe.
+    """
+    pool = ProcessPoolExecutor(number, initializer=begin_worker)
+    try:
+        for _ in range(number):
+            pool.submit(len, ())
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encoded(source: Iterator[tuple], pool: ProcessPoolExecutor, workers: int) -> Iterator[tuple]:
+    """`encode` in the pool's processes, in order, with at most AHEAD * workers batches in the air.
+
+    Raises UserError if one of them is killed.
+    """
+    ahead = deque()
+    try:
+        for batch in batches(source):
+            ahead.append(pool.submit(encode, batch))
+            if len(ahead) > AHEAD * workers:
                 yield from ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while ahead:
+            yield from ahead.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that tokenizes was killed, for lack of memory perhaps; the same command "
+            "goes on, with fewer --workers if you like"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -601,38 +639,37 @@ def build(args: argparse.Namespace):
     left = (args.max_tokens or sys.maxsize) - written
 
     gpt2_tokenizer()  # if it is not to be had, that shows before anything is written
-    if files:
-        parts, read = open_files(files, args.text_field)
-    else:
-        parts, read = open_hub(args.dataset, args.config, settings["revision"], args.text_field)
-    known = None if files else KNOWN_TOKENS.get((args.dataset, args.config))
-    stream = encoded(pieces(parts, read, state), args.workers or usable_cores())
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("edufineweb_*.tmp"), *folder.glob("manifest.json.*.tmp")):
-        stale.unlink(missing_ok=True)  # of a run that was killed
-    # From here on the folder is known to be ours, even if no shard is ever finished.
-    write_manifest(folder, settings, shards, state, complete=False)
-    with (
-        contextlib.closing(stream),
-        tqdm(
+    workers = args.workers or usable_cores()
+    with start_workers(workers) as pool:
+        if files:
+            parts, read = open_files(files, args.text_field)
+        else:
+            parts, read = open_hub(args.dataset, args.config, settings["revision"], args.text_field)
+        known = None if files else KNOWN_TOKENS.get((args.dataset, args.config))
+        stream = encoded(pieces(parts, read, state), pool, workers)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*folder.glob("edufineweb_*.tmp"), *folder.glob("manifest.json.*.tmp")):
+            stale.unlink(missing_ok=True)  # of a run that was killed
+        # From here on the folder is known to be ours, even if no shard is ever finished.
+        write_manifest(folder, settings, shards, state, complete=False)
+        with tqdm(
             total=args.max_tokens or known,
             initial=written,
             unit="tok",
             unit_scale=True,
             mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a log file needs few lines
-        ) as bar,
-    ):
-        filled = fill_shards(stream, state, args.shard_tokens, left, bar) if left else ()
-        for tokens, state in filled:
-            if len(tokens):
-                split = "train" if shards else "val"
-                name = f"edufineweb_{split}_{len(shards):06d}.{args.format}"
-                shard = {"name": name, "tokens": len(tokens), "bytes": text_bytes(tokens)}
-                shard["sha256"] = write_shard(folder / name, tokens)
-                shards.append(shard | {"after": state})
-                write_manifest(folder, settings, shards, state, complete=False)
-                bar.write(f"{name}: {len(tokens):,} tokens")
-        bar.total = bar.n
+        ) as bar:
+            filled = fill_shards(stream, state, args.shard_tokens, left, bar) if left else ()
+            for tokens, state in filled:
+                if len(tokens):
+                    split = "train" if shards else "val"
+                    name = f"edufineweb_{split}_{len(shards):06d}.{args.format}"
+                    shard = {"name": name, "tokens": len(tokens), "bytes": text_bytes(tokens)}
+                    shard["sha256"] = write_shard(folder / name, tokens)
+                    shards.append(shard | {"after": state})
+                    write_manifest(folder, settings, shards, state, complete=False)
+                    bar.write(f"{name}: {len(tokens):,} tokens")
+            bar.total = bar.n
     if not shards:
         empty, not_text = state["skipped_empty"], state["skipped_not_text"]
         raise UserError(

@@ -1,7 +1,7 @@
 """
 Tests of fineweb.py: what users run, run as they run it, on small files and without a network.
 
-The expected bytes come from `plain_loop`, which knows nothing of pieces, threads or restarts.
+The expected bytes come from `plain_loop`, which knows nothing of pieces, processes or restarts.
 """
 
 import hashlib
@@ -284,10 +284,14 @@ def test_does_not_tokenize_again(folder, monkeypatch):
     manifest = json.loads(Path("out/manifest.json").read_text())
     manifest.update(complete=False, shards=manifest["shards"][:-1])
     Path("out/manifest.json").write_text(json.dumps(manifest))
-    seen, encode = [], fineweb.encode
-    monkeypatch.setattr(fineweb, "encode", lambda batch: seen.extend(batch) or encode(batch))
+    sent, encoded = [], fineweb.encoded
+    monkeypatch.setattr(
+        fineweb,
+        "encoded",
+        lambda source, *rest: encoded((sent.append(p) or p for p in source), *rest),
+    )
     fineweb.main(arguments)
-    assert [piece for _, piece, _, _ in seen] == list(
+    assert [piece for _, piece, _, _ in sent] == list(
         range(manifest["shards"][-1]["after"]["piece"], len(DOCUMENTS))
     )
 
@@ -305,6 +309,35 @@ def test_restart_where_a_shard_ends_with_a_document(folder):
     fineweb.main(arguments)
     assert contents("out") == before
     assert shards_of("out") == plain_shards(DOCUMENTS[:9], shard_tokens, "npy")
+
+
+def children_of(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")  # by the thread that began them
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found by /proc")
+@pytest.mark.parametrize("who", ["parent", "worker"])
+def test_a_killed_process_takes_the_others_with_it(folder, who):
+    """No orphan of a killed parent stays; a killed worker ends the command in one line."""
+    write_jsonl(folder / "a.jsonl", DOCUMENTS * 40)
+    command = [*COMMAND, "--input", "a.jsonl", "--shard_tokens", "20000", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--out", "out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "out" / "edufineweb_train_000002.npy").exists():
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+    assert len(workers) == 2
+    os.kill(process.pid if who == "parent" else workers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=20)
+    if who == "worker":
+        assert process.returncode == 2 and "Traceback" not in stderr
+        assert "fineweb.py: error: a process that tokenizes was killed" in stderr.splitlines()[-1]
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_ctrl_c_ends_in_one_line(folder):
