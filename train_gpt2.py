@@ -113,6 +113,7 @@ class TrainConfig:
     micro_batch: int = setting(0, "sequences a device takes at once, or auto", type=auto_or_number)
     epochs: float = setting(1.0, "passes over the training data")  # the lecture
     max_steps: int = setting(0, "updates, whatever --epochs says (0: as --epochs says)")
+    optimizer: str = setting("adamw", "adamw, or muon for the matrices inside the blocks")
     learning_rate: float = setting(6e-4, "at its highest")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "last learning rate / highest")  # GPT-3 paper, appendix B
     warmup_tokens: int = setting(375_000_000, "tokens to the highest rate")  # GPT-3, appendix B
@@ -141,6 +142,8 @@ class TrainConfig:
             raise UserError("--eval_only needs --init_from: which network?")
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise UserError(f"--dtype {self.dtype}: choose auto, bfloat16, float16 or float32")
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"--optimizer {self.optimizer}: choose adamw or muon")
         if self.n_embd % self.n_head:
             works = max(h for h in range(1, self.n_head) if self.n_embd % h == 0)
             what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
@@ -374,6 +377,12 @@ class GPT(nn.Module):
             weight, grad = self.lm_head.weight, torch.is_grad_enabled()
             return LinearCrossEntropy.apply(x, weight, targets, dtype, grad)
 
+    def flops_per_token(self, seq_len: int) -> int:
+        """Operations of training on a token: 6 for each parameter that multiplies (wpe only adds),
+        and 12 L C T for attention's two products ("PaLM", 2022, appendix B)."""
+        weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * seq_len
+
     # OpenAI stored these layers' weights as (in, out); nn.Linear has (out, in).
     TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -559,14 +568,16 @@ class Runtime:
         return next((1e12 * self.world * peak for peak in peaks), None)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep big buffers that are freed. It gives them back to the kernel, which hands out
-    new pages fault by fault at the next step: on a CPU half of the step's time."""
-    if platform.libc_ver()[0] == "glibc":
+def keep_freed_memory() -> bool:
+    """Let glibc keep big buffers that are freed -> whether that is glibc here. It gives them back
+    to the kernel, which hands out new pages fault by fault at the next step: half of its time."""
+    glibc = platform.libc_ver()[0] == "glibc"
+    if glibc:
         mallopt = ctypes.CDLL(None).mallopt
         # M_MMAP_THRESHOLD: larger buffers get pages of their own. Old glibc takes 32 MB at most.
         mallopt(-3, 2**31 - 1) or mallopt(-3, 2**25)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this at the heap's end is given back
+    return glibc
 
 
 def compile_in_place(model: GPT, config: TrainConfig, runtime: Runtime) -> str:
@@ -777,17 +788,29 @@ def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int
 # --------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; betas and eps from GPT-3's appendix B.
+def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for all parameters; or, with --optimizer muon, Muon for the matrices in the blocks.
 
     Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay)]
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    lr, decay, optimizers = config.learning_rate, config.weight_decay, {}
+    if config.optimizer == "muon":
+        # Beyond the lecture ("Muon: An optimizer for hidden layers in neural networks", Jordan,
+        # 2024). The averaged gradient of a matrix, U S V^T, is mostly a few large directions, and
+        # AdamW's step follows them. Muon steps by about U V^T, as far in each direction: five
+        # rounds of three small products orthogonalise it. The step's size is matched to AdamW's
+        # ("Muon is Scalable for LLM Training", 2025, section 2.2), so learning rates carry over.
+        size = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        optimizers["muon"] = torch.optim.Muon(matrices, lr, **size)
+        matrices = []
+    groups = [dict(params=embeddings + matrices, weight_decay=decay)]
     groups += [dict(params=vectors, weight_decay=0.0)]
-    # Fused: one kernel for all 148 tensors, instead of a dozen small ones for each.
-    return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    # Betas and eps: GPT-3, appendix B. Fused: one kernel for all 148 tensors, not a dozen for each.
+    options = dict(betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return optimizers | {"adamw": torch.optim.AdamW(groups, lr, **options)}
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
@@ -807,11 +830,11 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
-def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tuple[float, float]:
+def train_step(model, ddp, optimizers, scaler, batch, lr, config, runtime) -> tuple[float, float]:
     """One update -> the mean loss of the whole batch, and the gradient's norm before clipping.
 
     `ddp` is the model, wrapped in DistributedDataParallel if there are several processes. Where the
-    loss or the norm is not finite there is no update.
+    loss or the norm is not finite there is no update: it would spoil the network for good.
     """
     inputs, targets = batch  # (micro-steps, B, T) each
     total = 0.0
@@ -824,15 +847,16 @@ def train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime) -> tup
             scaler.scale(loss).backward()
         total += loss.detach()
     loss = runtime.mean(float(total))
-    scaler.unscale_(optimizer)
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-        return loss, norm  # on every process: the update would spoil the network for good
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scaler.step(optimizer)  # float16 overflows now and then: the scaler then leaves this update out
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(loss) and math.isfinite(norm):
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()  # where float16 overflowed, as it does now and then, it scales less from now on
     return loss, norm
 
 
@@ -947,11 +971,7 @@ class Progress:
     def __init__(self, records, model: GPT, config: TrainConfig, steps: int, runtime: Runtime):
         self.records, self.steps, self.runtime = records, steps, runtime
         self.began, self.shown, self.done, self.peak = 0.0, 0.0, 0, runtime.peak_flops()
-        # Operations for a token, forward and backward: 6 a parameter that multiplies (wpe only
-        # adds), and 12 L C T for attention's two products ("PaLM", 2022, appendix B).
-        c, parameters = model.config, sum(p.numel() for p in model.parameters())
-        weights = parameters - model.transformer.wpe.weight.numel()
-        self.flops = 6 * weights + 12 * c.n_layer * c.n_embd * config.seq_len
+        self.flops = model.flops_per_token(config.seq_len)
 
     def step(self, step: int, loss, lr, norm, tokens: int, seconds: float, warning: str) -> None:
         now, speed = time.perf_counter(), tokens / seconds
@@ -1286,9 +1306,9 @@ def main(argv: list[str] | None = None) -> None:
     folder, steps = open_out_dir(config), len(starts) - 1
 
     # What trains it.
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    parts = dict(model=model, scaler=scaler) | optimizers
     first = restore(saved, parts, loader, steps, runtime) if saved else 0
     if runtime.mean(first) != first:
         raise UserError("processes found different checkpoints; they need one --out_dir together")
@@ -1319,7 +1339,7 @@ def main(argv: list[str] | None = None) -> None:
             batch = loader.batch(starts, step, micro_batch, runtime)
         if stop.agreed(runtime):
             break
-        loss, norm = train_step(model, ddp, optimizer, scaler, batch, lr, config, runtime)
+        loss, norm = train_step(model, ddp, optimizers, scaler, batch, lr, config, runtime)
         if not math.isfinite(loss + (0.0 if scaler.is_enabled() else norm)):
             raise diverged(step, loss, norm, folder)
         tokens -= int(starts[step]) * config.seq_len

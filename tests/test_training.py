@@ -4,6 +4,7 @@ import math
 import platform
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from helpers import (
     losses,
     make_shards,
     records,
+    run,
     run_all,
     their_model,
     their_twin,
 )
+from night import facts
 
 import fineweb
 import train_gpt2
@@ -27,6 +30,7 @@ from train_gpt2 import GPT, DataLoaderLite, GPTConfig, TrainConfig
 T = 16  # and 8 sequences a step: 50 in the data are an epoch of a little over 6 steps
 LOOP = ["--data", "shards", "--max_steps", 14, "--learning_rate", 3e-3]
 LOOP += ["--warmup_tokens", 10 * 128, "--weight_decay", 0.3, "--grad_clip", 0.5, "--seed", 5]
+GIVEN = ["--init_from", "given", "--micro_batch", 2]
 VALIDATE = ["--val_every", 5, "--val_tokens", 12 * T + 5]
 
 
@@ -48,20 +52,30 @@ def test_learning_rate():
     assert train_gpt2.learning_rate(1000, 1000, whole) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_what_decays():
-    """Matrices and embeddings decay, biases and LayerNorm do not; each parameter stands once."""
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_decays_and_by_what_it_is_trained(optimizer):
+    """Matrices and embeddings decay, biases and LayerNorm do not; each parameter stands once.
+
+    With muon, all that is a matrix in a block is Muon's, and nothing else.
+    """
     model = GPT(GPTConfig(seq_len=8, vocab_size=10, n_layer=2, n_head=1, n_embd=4))
-    optimizer = train_gpt2.make_optimizer(model, TrainConfig(weight_decay=0.25))
+    config = TrainConfig(weight_decay=0.25, optimizer=optimizer)
     names = {p: name for name, p in model.named_parameters()}
-    decay = {}
-    for group in optimizer.param_groups:
-        assert group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8
-        for p in group["params"]:
-            assert names[p] not in decay
-            decay[names[p]] = group["weight_decay"]
+    decay, kinds = {}, {}
+    for kind in train_gpt2.make_optimizers(model, config).values():
+        for group in kind.param_groups:
+            for p in group["params"]:
+                assert names[p] not in decay
+                decay[names[p]], kinds[names[p]] = group["weight_decay"], type(kind)
+                if isinstance(kind, torch.optim.AdamW):
+                    assert group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8
     assert decay.keys() == set(names.values())
     vectors = re.compile(r"bias$|ln_\w+\.weight$")
     assert all(d == (0.0 if vectors.search(name) else 0.25) for name, d in decay.items())
+    of_muon = {name for name, kind in kinds.items() if kind is torch.optim.Muon}
+    inside = re.compile(r"\.h\.\d\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+    assert of_muon == {n for n in names.values() if inside.search(n) and optimizer == "muon"}
+    assert len(of_muon) == (8 if optimizer == "muon" else 0)
 
 
 @pytest.mark.parametrize("libc", ["as here", "none"])
@@ -87,7 +101,7 @@ def runs(tmp_path_factory):
     their_model(**sizes).save_pretrained(folder / "given")
     ramp = ["--batch_tokens", 32 * T, "--batch_ramp_tokens", 96 * T]
     ways = {
-        "from given weights": ["--init_from", "given", "--micro_batch", 2, "--max_steps", 30],
+        "from given weights": [*GIVEN, "--max_steps", 30],
         "1 process, 8": ["--micro_batch", 8, *VALIDATE],
         "1 process, 4": ["--micro_batch", 4],
         "1 process, 2": ["--micro_batch", 2],
@@ -97,6 +111,8 @@ def runs(tmp_path_factory):
         "ramp": [*ramp, "--micro_batch", 4],
         "ramp, 2 processes": [*ramp, "--micro_batch", 8],
         "float16": ["--dtype", "float16", "--max_steps", 6],
+        "muon": [*GIVEN, "--optimizer", "muon", "--checkpoint_every", 7],
+        "muon, 2 processes": [*GIVEN, "--optimizer", "muon", "--micro_batch", 1],
     }
     jobs = {name: dict(flags=[*TINY, *LOOP, *flags]) for name, flags in ways.items()}
     for name, job in jobs.items():
@@ -150,6 +166,60 @@ def test_thirty_steps_are_those_of_a_plain_loop(runs):
         assert their_loss(their_twin(content), rows) == pytest.approx(
             their_loss(model, rows).item(), abs=1e-4
         )
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz rounds in bfloat16, by the coefficients of Jordan's post."""
+    x = matrix.bfloat16()
+    x = x / x.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.float()
+
+
+def test_muon_is_that_of_its_papers(runs):
+    """A plain loop: momentum 0.95 of Nesterov's kind, orthogonal steps, 0.2 sqrt(longer side)."""
+    folder, _ = runs
+    model = their_model(n_positions=24, n_embd=16, n_layer=1, n_head=2)
+    inside = {p: torch.zeros_like(p) for n, p in model.named_parameters() if ".h." in n}
+    inside = {p: momentum for p, momentum in inside.items() if p.dim() == 2}
+    outside = [p for p in model.parameters() if p not in inside]
+    groups = [
+        dict(params=[p for p in outside if p.dim() == d], weight_decay=0.3 * (d > 1))
+        for d in (1, 2)
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    data, expected = training_data(folder), []
+    for step, record in enumerate(records(folder / "muon", "train")):
+        loss = their_loss(model, torch.from_numpy(data.sequences(8 * step, 8)))
+        expected.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in adamw.param_groups:
+            group["lr"] = record["lr"]
+        adamw.step()
+        with torch.no_grad():
+            for p, momentum in inside.items():
+                momentum.mul_(0.95).add_(0.05 * p.grad)
+                update = orthogonal(0.05 * p.grad + 0.95 * momentum)
+                p.mul_(1 - 0.3 * record["lr"])
+                p.sub_(record["lr"] * 0.2 * math.sqrt(max(p.shape)) * update)
+    assert step == 13
+    ours, plain = losses(folder / "muon"), losses(folder / "from given weights")[:14]
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+    assert np.abs(ours - plain).max() > 1e-2  # or AdamW would pass for it
+    np.testing.assert_allclose(losses(folder / "muon, 2 processes"), ours, atol=1e-3)
+
+
+def test_muon_resumes_bit_for_bit(runs):
+    folder, _ = runs
+    again = shutil.copytree(folder / "muon", folder / "muon again")
+    (again / "checkpoint_0000014.pt").unlink()
+    done = run(folder, "--out_dir", again.name, "--resume")
+    assert done.returncode == 0 and "checkpoint_0000007.pt" in done.stdout, done.stderr
+    assert facts(again) == facts(folder / "muon")
 
 
 def test_processes_and_micro_batches_change_nothing(runs):

@@ -55,13 +55,13 @@ def one(variant: str, size: str) -> None:
         train_gpt2.keep_freed_memory()
         network = train_gpt2.GPTConfig(seq_len=T, n_layer=L, n_head=H, n_embd=C)
         model = train_gpt2.GPT(network)
-        optimizer = train_gpt2.make_optimizer(model, config)
+        optimizers = train_gpt2.make_optimizers(model, config)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         train_gpt2.compile_in_place(model, config, runtime)
 
         def step():
             batch, lr = (inputs, targets), 1e-4
-            train_gpt2.train_step(model, model, optimizer, scaler, batch, lr, config, runtime)
+            train_gpt2.train_step(model, model, optimizers, scaler, batch, lr, config, runtime)
 
     times = []
     for _ in range(steps + 2):
