@@ -47,6 +47,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -58,7 +59,7 @@ END_OF_TEXT = 50256  # stands before every document
 
 PIECE_CHARS = 2**20  # longer documents are cut into pieces of about this size: memory stays bounded
 BATCH_CHARS = 2**18  # what a process tokenizes at a time: some 60,000 tokens in 15 ms
-AHEAD = 32  # batches a process may be ahead of the shard in hand, so that none waits for the disk
+AHEAD = 32  # batches for each process while the disk is busy with a shard; 256 of all at most
 BATCH_ROWS = 64  # rows of a data set that are turned into Python strings at a time
 
 # Sizes in tokens, for the progress bar's ETA only. [build-nanogpt, issue 25]
@@ -168,8 +169,9 @@ def text_bytes(tokens: np.ndarray) -> int:
 BIN_MAGIC, BIN_VERSION, BIN_HEADER = 20240520, 1, 256
 
 
-def write_atomically(path: Path, header: bytes, body: np.ndarray | bytes) -> str:
-    """Write a file that is whole or absent; its SHA-256. Raises OSError, and then leaves nothing.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that will be whole or absent. After an error within, nothing is left.
 
     The bytes go to a temporary name, reach the disk, and only then get the real one. The process id
     keeps two runs from writing into one file.
@@ -177,14 +179,21 @@ def write_atomically(path: Path, header: bytes, body: np.ndarray | bytes) -> str
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(header)
-            file.write(body)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
+
+
+def write_atomically(path: Path, header: bytes, body: np.ndarray | bytes) -> str:
+    """Write a `whole_file`; its SHA-256. Raises OSError."""
+    with whole_file(path) as file:
+        file.write(header)
+        file.write(body)
     sha256 = hashlib.sha256(header)
     sha256.update(body)
     return sha256.hexdigest()
@@ -525,35 +534,36 @@ def begin_worker():
 def start_workers(number: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are ready to `encode`, begun by whatever start method Python has been set to.
 
-    They begin before the source is opened: forking a process that reads from the net is not safe.
+    They begin before the data set is streamed: forking a process that does so is not safe. Raises
+    UserError if one of them is killed.
     """
     pool = ProcessPoolExecutor(number, initializer=begin_worker)
     try:
         for _ in range(number):
             pool.submit(len, ())
         yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def encoded(source: Iterator[tuple], pool: ProcessPoolExecutor, workers: int) -> Iterator[tuple]:
-    """`encode` in the pool's processes, in order, with at most AHEAD * workers batches in the air.
-
-    Raises UserError if one of them is killed.
-    """
-    ahead = deque()
-    try:
-        for batch in batches(source):
-            ahead.append(pool.submit(encode, batch))
-            if len(ahead) > AHEAD * workers:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
     except BrokenProcessPool:
         raise UserError(
             "a process that tokenizes was killed, for lack of memory perhaps; the same command "
             "goes on, with fewer --workers if you like"
         ) from None
+    except OSError:  # too many processes, above all; those that began would be waited for
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encoded(source: Iterator[tuple], pool: ProcessPoolExecutor, workers: int) -> Iterator[tuple]:
+    """`encode` in the pool's processes, in order, with a bounded number of batches in the air."""
+    ahead = deque()
+    for batch in batches(source):
+        ahead.append(pool.submit(encode, batch))
+        if len(ahead) > min(AHEAD * workers, 256):
+            yield from ahead.popleft().result()
+    while ahead:
+        yield from ahead.popleft().result()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +649,8 @@ def build(args: argparse.Namespace):
     left = (args.max_tokens or sys.maxsize) - written
 
     gpt2_tokenizer()  # if it is not to be had, that shows before anything is written
-    workers = args.workers or usable_cores()
+    most = 61 if sys.platform == "win32" else sys.maxsize  # Windows waits for no more at once
+    workers = min(args.workers or usable_cores(), most)
     with start_workers(workers) as pool:
         if files:
             parts, read = open_files(files, args.text_field)

@@ -19,11 +19,12 @@ Contents
      7. The training step
      8. Validation
      9. Records
-    10. The night
+    10. Checkpoints and interruptions
     11. The run
 
 Single letters are sizes: B batch (sequences), T time (tokens in a sequence), C channels, H heads,
-D = C / H, V vocabulary, L layers. A shape comment reads "what goes in -> what comes out".
+D = C / H, V vocabulary, L layers, N rows of any kind, n some of them, S tokens seen so far. A shape
+comment reads "what goes in -> what comes out".
 """
 
 import argparse
@@ -39,10 +40,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -66,7 +68,7 @@ from fineweb import UserError, first_line
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What the network is. The defaults are GPT-2 (124M): row one of the GPT-2 paper's table 2."""
+    """What the network is. The defaults are GPT-2 (124M): GPT-2 paper, table 2; GPT-2's code."""
 
     seq_len: int = 1024  # tokens, T: how far back the network can look
     vocab_size: int = 50304  # V: GPT-2's 50,257 ids, padded to a multiple of 128 (2:06:54)
@@ -80,6 +82,9 @@ def setting(default, help: str, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
+DTYPES, OPTIMIZERS = ("auto", "bfloat16", "float16", "float32"), ("adamw", "muon")
+
+
 def auto_or_number(text: str) -> int:
     return 0 if text == "auto" else int(text)
 
@@ -88,7 +93,7 @@ def auto_or_number(text: str) -> int:
 class TrainConfig:
     """What the run does. The defaults are the preset "gpt2": the lecture's run.
 
-    Whatever measures data is in tokens, so that another batch or number of GPUs changes no meaning.
+    Batch, warmup, ramp and validation are in tokens: another number of GPUs changes no meaning.
     """
 
     preset: str = setting("", "a row of the presets; flags win over it")
@@ -101,7 +106,7 @@ class TrainConfig:
 
     seed: int = setting(1337, "of first weights, order of the data, and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu")
-    dtype: str = setting("auto", "of products: bfloat16, float16, float32 (on a GPU TF32)")
+    dtype: str = setting("auto", "of products (float32 on a GPU: TF32)", choices=DTYPES)
     compile: bool | None = setting(None, "torch.compile (default: where it works)")
 
     n_layer: int = setting(12, "layers")  # GPT-2 paper, table 2
@@ -113,7 +118,9 @@ class TrainConfig:
     micro_batch: int = setting(0, "sequences a device takes at once, or auto", type=auto_or_number)
     epochs: float = setting(1.0, "passes over the training data")  # the lecture
     max_steps: int = setting(0, "updates, whatever --epochs says (0: as --epochs says)")
-    optimizer: str = setting("adamw", "adamw, or muon for the matrices inside the blocks")
+    optimizer: str = setting(
+        "adamw", "muon is for the blocks' matrices", choices=OPTIMIZERS
+    )  # ours
     learning_rate: float = setting(6e-4, "at its highest")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "last learning rate / highest")  # GPT-3 paper, appendix B
     warmup_tokens: int = setting(375_000_000, "tokens to the highest rate")  # GPT-3, appendix B
@@ -128,36 +135,26 @@ class TrainConfig:
     hellaswag_every: int = setting(250, "steps between HellaSwag scores (0: never)")  # the lecture
     timeout_minutes: float = setting(10.0, "for which processes wait for each other")  # ours
     checkpoint_every: int = setting(250, "steps between checkpoints (0: one, at the end)")  # ours
-    keep_every: int = setting(0, "steps between checkpoints to keep; else the newest two are kept")
+    keep_every: int = setting(0, "steps between checkpoints that stay; the newest two always do")
 
     def __post_init__(self):
-        may_be_0 = ("micro_batch", "max_steps", "min_lr_ratio", "warmup_tokens", "weight_decay")
-        may_be_0 += ("grad_clip", "batch_ramp_tokens", "seed", "resume", "eval_only", "compile")
+        above_0 = "n_layer n_head n_embd seq_len batch_tokens epochs learning_rate val_tokens"
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise UserError(f"--{name} {value}: it must be a number from 0 on")
-            if value == 0 and name not in may_be_0 and not name.endswith("_every"):
+            if value == 0 and name in (*above_0.split(), "timeout_minutes"):
                 raise UserError(f"--{name} 0: it must be more")
         if self.eval_only and not self.init_from:
             raise UserError("--eval_only needs --init_from: which network?")
-        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
-            raise UserError(f"--dtype {self.dtype}: choose auto, bfloat16, float16 or float32")
-        if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"--optimizer {self.optimizer}: choose adamw or muon")
         if self.n_embd % self.n_head:
             works = max(h for h in range(1, self.n_head) if self.n_embd % h == 0)
             what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
             raise UserError(f"{what}; try --n_head {works}")
 
 
-# What --resume may change: all else would make it another run. A new --max_steps makes the run
-# longer or shorter, and the learning rate follows its new length from there on.
-MAY_CHANGE = {"data", "out_dir", "resume", "prompt", "device", "dtype", "compile", "micro_batch"}
-MAY_CHANGE |= {f.name for f in dataclasses.fields(TrainConfig) if f.name.endswith("_every")}
-MAY_CHANGE |= {"max_steps", "timeout_minutes"}
-
-# Layers, heads, channels: GPT-2 paper, table 2. Batch (0.5M and 1M, as powers of two) and learning
-# rate: GPT-3 paper, table 2.1, the row of the nearest size. Context: GPT-2's, and GPT-3's for gpt3.
+# Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code. Batch (0.5M and 1M, as powers of
+# two) and learning rate: GPT-3 paper, table 2.1, the row of the nearest size. Context: GPT-2's, and
+# GPT-3's for gpt3.
 COLUMNS = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens", "learning_rate")
 ROWS = {
     "gpt2": (12, 12, 768, 1024, 2**19, 6.0e-4),
@@ -165,10 +162,11 @@ ROWS = {
     "gpt2-large": (36, 20, 1280, 1024, 2**19, 2.5e-4),
     "gpt2-xl": (48, 25, 1600, 1024, 2**20, 2.0e-4),
     "gpt3": (12, 12, 768, 2048, 2**19, 6.0e-4),
-    "demo": (4, 3, 96, 32, 24 * 32, 4.0e-3),
+    "demo": (4, 3, 96, 32, 24 * 32, 6.0e-3),
 }
 PRESETS = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in ROWS.items()}
-# Ours: of 14 networks the fewest bits per byte in three minutes on two CPU cores (runs/demo-cpu).
+# Ours: of the best among 14 networks after three minutes on two CPU cores, with its best learning
+# rate for either optimiser (runs/demo-cpu, runs/muon-cpu).
 PRESETS["demo"] |= dict(max_steps=1000, warmup_tokens=77_000, compile=False)
 PRESETS["demo"] |= dict(val_every=250, sample_every=500, hellaswag_every=0, checkpoint_every=0)
 PRESETS["demo"] |= dict(prompt="First Citizen:\n")
@@ -197,11 +195,11 @@ def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
 
     here, why = Path(__file__).parent, "as --preset says"
     if "preset" not in flags:
-        found = bool(fineweb.list_shards(here / "edu_fineweb10B", "train"))
-        flags["preset"] = "gpt2" if found else "demo"
-        why = "edu_fineweb10B holds shards; --preset demo is the small one"
-        if not found:
-            why = "no shards in edu_fineweb10B; python fineweb.py makes them, for GPT-2 (124M)"
+        flags["preset"] = "demo"
+        why = "no shards in edu_fineweb10B; python fineweb.py makes them, for GPT-2 (124M)"
+        if fineweb.list_shards(here / "edu_fineweb10B", "train"):
+            flags["preset"] = "gpt2"
+            why = "edu_fineweb10B holds shards; --preset demo is the small one"
     if flags["preset"] not in PRESETS:
         raise UserError(f"--preset {flags['preset']}: there are {', '.join(PRESETS)}")
     default_data = "input.txt" if flags["preset"] == "demo" else "edu_fineweb10B"
@@ -284,18 +282,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     x (N, C), weight (V, C), targets (N) -> a scalar, float32.
     """
 
-    ROWS = 1024  # of a slice: 0.2 GB of float32 logits. Fewer make slower matrix products
+    SLICE = 1024  # rows: 0.2 GB of float32 logits. Fewer make slower matrix products
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_gradient):
+    def forward(ctx, x, weight, targets, dtype):
         w, loss, weight_grad, x_grad = weight.to(dtype), 0.0, None, torch.empty_like(x)
-        slices = [tensor.split(LinearCrossEntropy.ROWS) for tensor in (x, targets, x_grad)]
+        slices = [tensor.split(LinearCrossEntropy.SLICE) for tensor in (x, targets, x_grad)]
         for rows, target, rows_grad in zip(*slices, strict=True):
             rows = rows.to(dtype)
             log_p = F.log_softmax(rows @ w.T, dim=1, dtype=torch.float32)  # (n, C) (C, V) -> (n, V)
             loss = loss + F.nll_loss(log_p, target, reduction="sum")
-            if with_gradient:
-                error = log_p.exp_()
+            if ctx.needs_input_grad[0]:
+                error = log_p.exp_()  # the loss's gradient by the logits: softmax - one-hot
                 error[torch.arange(len(target), device=x.device), target] -= 1.0
                 error = error.to(dtype)
                 rows_grad.copy_(error @ w)  # (n, V) (V, C) -> (n, C)
@@ -306,8 +304,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_grad):
-        scale = loss_grad / len(ctx.gradients[0])  # last, so that float16 loses no small gradient
-        return *(gradient.mul_(scale) for gradient in ctx.gradients), None, None, None
+        scale = loss_grad / len(ctx.gradients[0])  # last: float16 would lose more small ones
+        return *(gradient.mul_(scale) for gradient in ctx.gradients), None, None
 
 
 class GPT(nn.Module):
@@ -329,7 +327,8 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # One matrix at both ends: tokens alike in meaning are read alike and predicted alike, and
-        # the 124M network is a third smaller ("Using the Output Embedding...", 2016; GPT-2's code).
+        # the 124M network is a quarter smaller ("Using the Output Embedding to Improve Language
+        # Models", 2016; GPT-2's code).
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -338,7 +337,7 @@ class GPT(nn.Module):
         """Draw new weights from torch's global random numbers: torch.manual_seed decides them.
 
         weight                      standard deviation   why
-        of Linear and Embedding     0.02                 GPT-2's code; about 1 / sqrt(C)
+        of Linear and Embedding     0.02                 GPT-2's code; 1 / sqrt(C) is 0.036
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add up in the
                                                          residual stream, whose variance is kept
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
@@ -373,9 +372,7 @@ class GPT(nn.Module):
             return F.cross_entropy(self.lm_head(x).float(), targets)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
-            weight, grad = self.lm_head.weight, torch.is_grad_enabled()
-            return LinearCrossEntropy.apply(x, weight, targets, dtype, grad)
+        return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, dtype)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Operations of training on a token: 6 for each parameter that multiplies (wpe only adds),
@@ -385,6 +382,10 @@ class GPT(nn.Module):
 
     # OpenAI stored these layers' weights as (in, out); nn.Linear has (out, in).
     TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+    @classmethod
+    def transposed(cls, weights: dict) -> dict:
+        return {k: w.t() if k.endswith(cls.TRANSPOSED) else w for k, w in weights.items()}
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
@@ -432,10 +433,6 @@ class GPT(nn.Module):
         theirs.load_state_dict(weights)
         theirs.save_pretrained(folder)
 
-    @classmethod
-    def transposed(cls, weights: dict) -> dict:
-        return {k: w.t() if k.endswith(cls.TRANSPOSED) else w for k, w in weights.items()}
-
 
 # --------------------------------------------------------------------------------------------------
 # 3. Sampling (0:33:31 prefix tokens, tokenization; 0:37:02 the sampling loop; 3:23:10 in training)
@@ -450,7 +447,7 @@ def generate(
 
     Each token is drawn from the `top_k` likeliest (1: the likeliest itself), with random numbers of
     its own: training's are left alone. `cached` keeps the keys and values of what was read, so that
-    a new token costs one pass over itself alone; without it the tokens are the same, only slower.
+    a new token costs one pass over itself alone; without it the same comes out, but for rounding.
     """
     device, context = model.lm_head.weight.device, model.config.seq_len
     generator = torch.Generator().manual_seed(seed)  # the CPU's: the same draws on every device
@@ -514,7 +511,7 @@ class Runtime:
             alone = os.getenv("GROUP_WORLD_SIZE", "1") == "1"
             restarts = os.getenv("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""
             store = dist.PrefixStore(f"restart {restarts}", next(rendezvous("env://"))[0])
-            # Who waits longer for the others gives up, so that a hung process ends the run.
+            # A process that waits longer for the others gives up, and torchrun ends the run.
             wait = timedelta(minutes=config.timeout_minutes)
             me = dict(rank=self.rank, world_size=self.world, timeout=wait)
             dist.init_process_group("nccl" if self.kind == "cuda" else "gloo", store=store, **me)
@@ -570,7 +567,7 @@ class Runtime:
 
 def keep_freed_memory() -> bool:
     """Let glibc keep big buffers that are freed -> whether that is glibc here. It gives them back
-    to the kernel, which hands out new pages fault by fault at the next step: half of its time."""
+    to the kernel, which hands out new pages fault by fault at the next step (runs/bench-cpu)."""
     glibc = platform.libc_ver()[0] == "glibc"
     if glibc:
         mallopt = ctypes.CDLL(None).mallopt
@@ -599,6 +596,49 @@ def compile_in_place(model: GPT, config: TrainConfig, runtime: Runtime) -> str:
     return "compiled"
 
 
+def step_fits(size: int, config: TrainConfig, model: GPT, runtime: Runtime) -> bool:
+    """Whether forward and backward of `size` sequences fit into memory beside all the rest."""
+    try:
+        # The rest: AdamW's two averages, and the gradients of the micro-step before.
+        rest = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        tokens = torch.zeros(size, config.seq_len, dtype=torch.long, device=runtime.device)
+        with runtime.autocast():
+            loss = model(tokens, tokens)
+        loss.backward()
+        return bool(rest)  # held until here: the pass has to fit beside it
+    except torch.OutOfMemoryError:
+        torch.compiler.reset()  # or the next size would be compiled for sizes of all kinds
+        return False
+    finally:
+        rest = loss = None
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
+def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int:
+    """How many sequences a device takes at a time: --micro_batch, or as many as fit and serve.
+
+    Raises UserError, naming a batch that works, where the batch cannot be cut so.
+    """
+    multiple = math.lcm(config.micro_batch or 1, 16 if config.batch_ramp_tokens else 1)
+    unit = multiple * config.seq_len * runtime.world
+    if config.batch_tokens % unit:
+        works = max(1, round(config.batch_tokens / unit)) * unit
+        names = {1: "", config.micro_batch: "micro_batch * "}.get(multiple, f"{multiple} * ")
+        what = f"--batch_tokens {config.batch_tokens} is not a multiple of {names}"
+        raise UserError(f"{what}seq_len * processes = {unit}; try {works}")
+    if config.micro_batch:
+        return config.micro_batch
+    rows = config.batch_tokens // (config.seq_len * runtime.world)
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0]  # all, a half, ..., one
+    if runtime.kind != "cuda":  # where nothing says "too much" in time, and more is no faster
+        return next((n for n in sizes if n * config.seq_len <= 8192), sizes[-1])
+    for size in sizes:
+        if runtime.mean(step_fits(size, config, model, runtime)) == 1:
+            return size
+    raise UserError("the GPU's memory holds not one sequence; try a smaller --seq_len or --preset")
+
+
 # --------------------------------------------------------------------------------------------------
 # 5. The data (0:45:50 batches; 1:02:00 data loader lite; 2:34:09 micro-steps; 2:46:52 processes;
 #    3:10:21 FineWeb-Edu)
@@ -617,7 +657,7 @@ def open_data(path: str, runtime: Runtime) -> tuple[list[np.ndarray], list[np.nd
             raise UserError(f"--data {path}: {what}; python fineweb.py --help says how to make it")
         manifest = fineweb.read_manifest(path)
         if manifest and not manifest["complete"]:
-            runtime.print(f"warning: {path} is incomplete; its fineweb.py command goes on with it")
+            runtime.print(f"warning: {path} is incomplete; run its fineweb.py command again")
         return [fineweb.open_shard(p) for p in train], [fineweb.open_shard(p) for p in val]
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -709,6 +749,37 @@ class DataLoaderLite:
         return tokens.pin_memory() if runtime.kind == "cuda" else tokens
 
 
+# --------------------------------------------------------------------------------------------------
+# 6. The optimiser and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 weight decay,
+#    fused AdamW)
+# --------------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for all parameters; or, with --optimizer muon, Muon for the matrices in the blocks.
+
+    Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
+    """
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    lr, decay, optimizers = config.learning_rate, config.weight_decay, {}
+    if config.optimizer == "muon":
+        # Beyond the lecture ("Muon: An optimizer for hidden layers in neural networks", Jordan,
+        # 2024). The averaged gradient of a matrix, U S V^T, is mostly a few large directions, and
+        # AdamW's step follows them. Muon steps by about U V^T, as far in each direction: five
+        # rounds of three small products orthogonalise it. The step's size is matched to AdamW's
+        # ("Muon is Scalable for LLM Training", 2025, section 2.2), so learning rates carry over.
+        options = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        optimizers["muon"] = torch.optim.Muon(matrices, lr, **options)
+        matrices = []
+    groups = [dict(params=embeddings + matrices, weight_decay=decay)]
+    groups += [dict(params=vectors, weight_decay=0.0)]
+    # Betas and eps: GPT-3, appendix B. Fused: a few kernels for all 148 tensors, not a dozen each.
+    options = dict(betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return optimizers | {"adamw": torch.optim.AdamW(groups, lr, **options)}
+
+
 def step_starts(config: TrainConfig, epoch_sequences: int, unit: int = 1) -> np.ndarray:
     """Step s trains on sequences starts[s] .. starts[s + 1] - 1 of the run: steps + 1 numbers.
 
@@ -736,85 +807,8 @@ def step_starts(config: TrainConfig, epoch_sequences: int, unit: int = 1) -> np.
     return np.array(starts)
 
 
-def step_fits(size: int, config: TrainConfig, model: GPT, runtime: Runtime) -> bool:
-    """Whether forward and backward of `size` sequences fit into memory beside all the rest."""
-    try:
-        # The rest: AdamW's two averages, and DDP's buckets of gradients.
-        rest = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-        tokens = torch.zeros(size, config.seq_len, dtype=torch.long, device=runtime.device)
-        with runtime.autocast():
-            loss = model(tokens, tokens)
-        loss.backward()
-        return bool(rest)  # held until here: the pass has to fit beside it
-    except torch.OutOfMemoryError:
-        torch.compiler.reset()  # or the next size would be compiled for sizes of all kinds
-        return False
-    finally:
-        rest = loss = None
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-
-
-def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int:
-    """How many sequences a device takes at a time: --micro_batch, or the most that fit.
-
-    Raises UserError, naming a batch that works, where the batch cannot be cut so.
-    """
-    unit = (config.micro_batch or 1) * config.seq_len * runtime.world
-    if config.batch_tokens % unit:
-        works = max(1, round(config.batch_tokens / unit)) * unit
-        what = ("micro_batch * " if config.micro_batch else "") + f"seq_len * processes = {unit}"
-        what = f"--batch_tokens {config.batch_tokens} is not a multiple of {what}"
-        raise UserError(f"{what}; try {works}")
-    rows = config.batch_tokens // (config.seq_len * runtime.world)
-    if config.batch_ramp_tokens and rows % 16:
-        multiple = math.lcm(16, config.micro_batch or 1)
-        works = math.ceil(rows / multiple) * multiple * config.seq_len * runtime.world
-        raise UserError(f"--batch_ramp_tokens needs 1/16 of a batch; try --batch_tokens {works}")
-    if config.micro_batch:
-        return config.micro_batch
-    sizes = [n for n in range(rows, 0, -1) if rows % n == 0]  # all, a half, ..., one
-    if runtime.kind != "cuda":  # where nothing says "too much" in time, and more is no faster
-        return next((n for n in sizes if n * config.seq_len <= 8192), sizes[-1])
-    for size in sizes:
-        if runtime.mean(step_fits(size, config, model, runtime)) == 1:
-            return size
-    raise UserError("the GPU's memory holds not one sequence; try a smaller --seq_len or --preset")
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. The optimiser and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 weight decay,
-#    fused AdamW)
-# --------------------------------------------------------------------------------------------------
-
-
-def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
-    """AdamW for all parameters; or, with --optimizer muon, Muon for the matrices in the blocks.
-
-    Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
-    """
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    lr, decay, optimizers = config.learning_rate, config.weight_decay, {}
-    if config.optimizer == "muon":
-        # Beyond the lecture ("Muon: An optimizer for hidden layers in neural networks", Jordan,
-        # 2024). The averaged gradient of a matrix, U S V^T, is mostly a few large directions, and
-        # AdamW's step follows them. Muon steps by about U V^T, as far in each direction: five
-        # rounds of three small products orthogonalise it. The step's size is matched to AdamW's
-        # ("Muon is Scalable for LLM Training", 2025, section 2.2), so learning rates carry over.
-        size = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        optimizers["muon"] = torch.optim.Muon(matrices, lr, **size)
-        matrices = []
-    groups = [dict(params=embeddings + matrices, weight_decay=decay)]
-    groups += [dict(params=vectors, weight_decay=0.0)]
-    # Betas and eps: GPT-3, appendix B. Fused: one kernel for all 148 tensors, not a dozen for each.
-    options = dict(betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return optimizers | {"adamw": torch.optim.AdamW(groups, lr, **options)}
-
-
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """Of the update that brings the run to `tokens` of its `total_tokens`. Three regimes:"""
+    """The rate for the update that ends at `tokens` of the run's `total_tokens`. Three regimes:"""
     lowest = config.learning_rate * config.min_lr_ratio
     if tokens < config.warmup_tokens:  # 1. a line up; not from 0, an update that would do nothing
         return config.learning_rate * tokens / config.warmup_tokens
@@ -878,7 +872,9 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
         rows = loader.sequences(first, min(micro_batch, end - first))
         rows_there = torch.from_numpy(rows).to(runtime.device)
         x, y = rows_there[:, :-1], rows_there[:, 1:]
-        forward = model if len(rows) == micro_batch else model.forward  # new shapes run eagerly
+        forward = (
+            model if len(rows) == micro_batch else model.forward
+        )  # only the full one is compiled
         with runtime.autocast():
             nats += forward(x, y).item() * y.numel()
         tokens, text = tokens + y.numel(), text + int(fineweb.token_bytes()[rows[:, 1:]].sum())
@@ -901,9 +897,7 @@ def open_out_dir(config: TrainConfig) -> Path:
     folder = Path(config.out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--out_dir {folder} cannot be written: {error.strerror}") from None
     if not config.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
@@ -984,7 +978,7 @@ class Progress:
         self.done += 1
         if now - self.shown > 1 or step == self.steps - 1:
             self.shown = now
-            eta = f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}" if left else "-"
+            eta = timedelta(seconds=round(left)) if left else "-"
             line = f"step {step:5d}/{self.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
             line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
             line += f" | mfu {mfu:.1%}" if mfu else ""
@@ -992,7 +986,7 @@ class Progress:
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. The night: checkpoints, resuming, and ends before the end (ours)
+# 10. Checkpoints and interruptions (ours)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1043,35 +1037,27 @@ class Saver:
         if self.runtime.rank == 0:
             self.wait()
             content = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
-            content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"]  # one
+            content["model"]["lm_head.weight"] = content["model"][
+                "transformer.wte.weight"
+            ]  # tied: stored once
             content |= self.header | dict(step=step, rng=rng)
             self.writing = self.thread.submit(self.write, content)
 
     def write(self, content: dict) -> str:
         """-> what went wrong, if something did."""
         error, path = "", self.folder / f"checkpoint_{content['step']:07d}.pt"
-        temporary = path.with_suffix(".tmp")
         if not self.folder.is_dir():
             self.lost = f"{self.folder} was deleted, and metrics.jsonl with it"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            with fineweb.whole_file(path) as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)  # only what is whole gets the name
-            if hasattr(os, "O_DIRECTORY"):  # and the name, too, has to reach the disk
-                descriptor = os.open(self.folder, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
             for old in checkpoints(self.folder)[:-2]:
                 if not self.keep_every or int(old.stem.split("_")[1]) % self.keep_every:
                     old.unlink()
         except (OSError, RuntimeError) as problem:  # the latter is torch's word for a full disk
             reason = getattr(problem, "strerror", None) or first_line(problem)
             error = f"checkpoint {content['step']} NOT written: {reason}"
-            with suppress(OSError):
-                temporary.unlink()
         self.problem = error or self.lost
         return error
 
@@ -1094,6 +1080,13 @@ def newest_checkpoint(folder: Path) -> tuple[dict | None, str]:
     if damaged:
         raise UserError(f"no checkpoint in {folder} is whole; start anew in another --out_dir")
     return None, f"no checkpoint in {folder} yet: from the beginning"
+
+
+# What --resume may change: all else would make it another run. A new --max_steps makes the run
+# longer or shorter, and the learning rate follows its new length from there on.
+MAY_CHANGE = {"data", "out_dir", "resume", "prompt", "device", "dtype", "compile", "micro_batch"}
+MAY_CHANGE |= {f.name for f in dataclasses.fields(TrainConfig) if f.name.endswith("_every")}
+MAY_CHANGE |= {"max_steps", "timeout_minutes"}
 
 
 def resumed_settings(config: TrainConfig, given: set[str], content: dict) -> TrainConfig:
@@ -1202,17 +1195,18 @@ def make_network(config: TrainConfig, given: set[str], saved: dict | None):
         wanted = {name: getattr(config, name) for name in sizes}
         return GPT(GPTConfig(seq_len=config.seq_len, **wanted)), config
     model = load_network(config.init_from)
-    for name in sizes:
-        wanted, has = getattr(config, name), getattr(model.config, name)
-        if name in given and wanted != has:
-            raise UserError(f"--{name} {wanted}: {config.init_from} has {has}; leave the flag out")
-    wanted, most = config.seq_len, model.config.seq_len
-    if "seq_len" in given and wanted > most:
-        raise UserError(f"--seq_len {wanted}: {config.init_from} has {most}; try --seq_len {most}")
-    if "seq_len" not in given:
-        wanted = most if config.eval_only else min(wanted, most)
-    has = {name: getattr(model.config, name) for name in sizes}
-    return model, dataclasses.replace(config, seq_len=wanted, **has)
+    has, most = {name: getattr(model.config, name) for name in sizes}, model.config.seq_len
+    for name in given & has.keys():
+        wanted = getattr(config, name)
+        if wanted != has[name]:
+            what = f"--{name} {wanted}: {config.init_from} has {has[name]}"
+            raise UserError(f"{what}; leave the flag out")
+    if "seq_len" in given and config.seq_len > most:
+        what = f"--seq_len {config.seq_len}: {config.init_from} has {most}"
+        raise UserError(f"{what}; try --seq_len {most}")
+    whole = config.eval_only and "seq_len" not in given
+    seq_len = most if whole else min(config.seq_len, most)
+    return model, dataclasses.replace(config, seq_len=seq_len, **has)
 
 
 def due(every: int, step: int, steps: int) -> bool:
@@ -1228,7 +1222,7 @@ def show_validation(step, model, loader, config, micro_batch, records, runtime) 
 
 
 def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> None:
-    """Process 0 continues --prompt in four ways; the step is in the seed."""
+    """Process 0 continues --prompt in four ways, seeded by --seed + step."""
     if runtime.rank > 0:
         return
     tokenizer = fineweb.gpt2_tokenizer()
@@ -1259,8 +1253,6 @@ def evaluate_only(model, val_loader, config, runtime) -> None:
 
 def announce(model, how, starts, loader, micro_batch, config, runtime) -> None:
     parameters = sum(p.numel() for p in model.parameters())
-    if runtime.world > 1:
-        runtime.print(f"processes wait {config.timeout_minutes} minutes for each other, no longer")
     runtime.print(
         f"{parameters:,} parameters; {runtime.world} x {runtime.kind}, {runtime.dtype}, {how}\n"
         f"{len(starts) - 1:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
@@ -1312,18 +1304,20 @@ def main(argv: list[str] | None = None) -> None:
     first = restore(saved, parts, loader, steps, runtime) if saved else 0
     if runtime.mean(first) != first:
         raise UserError("processes found different checkpoints; they need one --out_dir together")
-    # Only the training step calls the wrapped network: parameters keep their names, and what else
-    # runs the network does so without the others waiting.
-    ddp = DistributedDataParallel(model) if runtime.world > 1 else model
+    # Only the training step calls the wrapped network: parameters keep their names, and a sample
+    # needs no other process.
+    ddp = model
+    if runtime.world > 1:  # gradients lie in the buckets that are exchanged: one copy of them
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    # What is left of it.
+    # What it leaves behind.
     header = describe_run(config, model, loader, runtime)
     records, saver = Records(folder, first, header, runtime), Saver(folder, parts, header, runtime)
     progress, stop = Progress(records, model, config, steps, runtime), Stop()
     announce(model, how, starts, loader, micro_batch, config, runtime)
 
     for step in range(first, steps + 1):  # `step` updates are done
-        if step > first and (step == steps or due(config.checkpoint_every, step, steps)):
+        if step > first and due(config.checkpoint_every, step, steps):
             saver.save(step)
         if due(config.val_every, step, steps):
             show_validation(step, model, val_loader, config, micro_batch, records, runtime)
@@ -1333,16 +1327,17 @@ def main(argv: list[str] | None = None) -> None:
             show_samples(step, model, config, records, runtime)
         if step == steps:
             break
-        began, tokens = time.perf_counter(), int(starts[step + 1]) * config.seq_len
-        lr = learning_rate(tokens, int(starts[-1]) * config.seq_len, config)
+        began, end = time.perf_counter(), int(starts[step + 1])
+        lr = learning_rate(end * config.seq_len, int(starts[-1]) * config.seq_len, config)
         with stop.on_error():
             batch = loader.batch(starts, step, micro_batch, runtime)
         if stop.agreed(runtime):
             break
         loss, norm = train_step(model, ddp, optimizers, scaler, batch, lr, config, runtime)
-        if not math.isfinite(loss + (0.0 if scaler.is_enabled() else norm)):
+        # A norm is not finite where float16 overflows: the scaler halves its scale, down to 1.
+        if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
             raise diverged(step, loss, norm, folder)
-        tokens -= int(starts[step]) * config.seq_len
+        tokens = (end - int(starts[step])) * config.seq_len
         progress.step(step, loss, lr, norm, tokens, time.perf_counter() - began, saver.problem)
     finish(step, steps, stop, saver, runtime)
 

@@ -128,13 +128,13 @@ def test_full_disk(quiet):
 def test_folder_deleted_while_running(quiet):
     """The output folder vanishes: it is made again for the checkpoints, and the run ends well."""
     process = start(
-        quiet, *LONG, "--max_steps", 600, "--checkpoint_every", 200, "--out_dir", "gone"
+        quiet, *LONG, "--max_steps", 300, "--checkpoint_every", 100, "--out_dir", "gone"
     )
     wait_for(recorded(quiet / "gone", 20), process)
     shutil.rmtree(quiet / "gone")
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "deleted" in said, said
-    assert torch.load(quiet / "gone" / "checkpoint_0000600.pt", weights_only=True)["step"] == 600
+    assert torch.load(quiet / "gone" / "checkpoint_0000300.pt", weights_only=True)["step"] == 300
 
 
 def test_shard_damaged_while_running(quiet):
