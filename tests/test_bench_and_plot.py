@@ -1,0 +1,247 @@
+"""bench.py and plot.py, by their commands; and README.md's figures, from the records in runs/."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, TINY, run_all
+
+import bench
+import plot
+
+FAST = ["--rounds", "1", "--steps", "1", "--warmup", "1", "--network", "demo", "--device", "cpu"]
+
+
+def command(name, *flags, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# bench.py
+
+
+def test_attention_written_out_is_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 4)
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(bench.written_out(q, k, v), fused)
+
+
+def test_the_ladder(tmp_path):
+    """The first rungs that a CPU has, really climbed; sums are right; the picture shows it."""
+    climb = ["--micro_batch", 2, "--until", "torch.compile", "--json", "b.json"]
+    done = command("bench.py", *FAST, *climb, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "b.json").read_text())
+    names = [rung["name"] for rung in result["rungs"]]
+    assert [*names, *result["skipped"]][0] == "float32" and "TF32" in result["skipped"]
+    assert {*names, *result["skipped"]} == set(list(bench.RUNGS)[:4])
+    for rung in result["rungs"]:
+        assert rung["tokens_per_second"] == pytest.approx(2 * 32 / rung["ms"] * 1000)
+        assert rung["name"] in done.stdout and rung["mfu"] is None and rung["memory"] > 2e8
+    # The lecture's A100 beside it: 1000 ms for 16 x 1024 tokens are 4.5% of 312 TFLOP/s.
+    (first,) = [line for line in done.stdout.splitlines() if line.startswith("float32")]
+    assert first.split()[-2:] == ["1000", "4.5%"]
+    done = command("plot.py", "b.json", "--out", "b.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert matplotlib.image.imread(tmp_path / "b.png").std() > 0.05
+
+
+def test_rounds_take_turns(monkeypatch, capsys):
+    """Rung after rung and round after round; medians, MFU and the found micro-batch, by hand."""
+    asked, ms = [], iter([400, 300, 100, 410, 330, 110, 900, 310, 90])
+    lacking = {"TF32", "bfloat16", "vocabulary 50304", "fused AdamW", "freed memory kept"}
+
+    def answer(what, argv, more):
+        asked.append((what, *more))
+        if what == "peak":
+            return {"peak": 1e12}
+        if what in lacking:
+            return {"skipped": "not here"}
+        one = dict(
+            dtype="float32",
+            ms=next(ms),
+            micro_batch=8,
+            seq_len=100,
+            flops_per_token=10**8,
+            memory=len(asked),
+        )
+        return one | dict(device="x", kind="cpu", published_peak=None)
+
+    monkeypatch.setattr(bench, "in_a_process_of_its_own", answer)
+    bench.main(["--rounds", "3", "--measure_peak", "--micro_batch", "auto"])
+    told = capsys.readouterr().out
+    found = ["peak", "float32", "torch.compile", "flash attention"]
+    assert [what for what, *_ in asked if what not in lacking] == found * 3
+    assert sum(what in lacking for what, *_ in asked) == len(lacking), "left out once, left out"
+    assert asked[1] == ("float32",) and asked[4] == ("torch.compile", "--micro_batch", "8")
+    rows = {line[:18].strip(): line[18:].split() for line in told.splitlines()}
+    # 800 tokens in 410 ms are 1951 a second, of 1e8 operations each: 19.5% of 1e12.
+    assert rows["float32"][:6] == ["410.0", "400-900", "1,951", "1.00", "1.00", "19.5%"]
+    assert rows["torch.compile"][:5] == ["310.0", "300-330", "2,581", "1.32", "1.32"]
+    assert rows["flash attention"][:5] == ["100.0", "90-110", "8,000", "3.10", "4.10"]
+    assert rows["flash attention"][-2:] == ["96", "46.8%"]  # as the lecture's chapters have it
+    assert rows["TF32"] == ["left", "out:", "not", "here"]
+
+
+SEEN = ("dtype", "compiled", "written_out", "vocabulary", "fused", "memory_kept")
+RUNG_BY_RUNG = {
+    "float32": (torch.float32, False, True, 50257, None, False),
+    "bfloat16": (torch.bfloat16, False, True, 50257, None, False),
+    "torch.compile": (torch.bfloat16, True, True, 50257, None, False),
+    "flash attention": (torch.bfloat16, True, False, 50257, None, False),
+    "vocabulary 50304": (torch.bfloat16, True, False, 50304, None, False),
+    "fused AdamW": (torch.bfloat16, True, False, 50304, True, False),
+    "freed memory kept": (torch.bfloat16, True, False, 50304, True, True),
+}
+
+
+@pytest.mark.parametrize("rung", RUNG_BY_RUNG)
+def test_a_rung_is_what_it_says(rung, monkeypatch, capsys):
+    """Seen from within train_step: each has what the ones before it had, and one thing more."""
+    seen, ours = dict(compiled=False, memory_kept=False), bench.train_gpt2
+
+    def look(model, ddp, optimizers, *rest):
+        (fused,) = {group["fused"] for group in optimizers["adamw"].param_groups}
+        attention = torch.nn.functional.scaled_dot_product_attention
+        seen.update(fused=fused, written_out=attention is bench.written_out)
+        seen.update(vocabulary=model.config.vocab_size, dtype=rest[-1].dtype)
+
+    def note(name, answer):
+        return lambda *_: seen.update({name: True}) or answer
+
+    monkeypatch.setattr(ours, "train_step", look)
+    monkeypatch.setattr(ours, "compile_in_place", note("compiled", "compiled"))
+    monkeypatch.setattr(ours, "keep_freed_memory", note("memory_kept", True))
+    monkeypatch.setattr(
+        bench.F, "scaled_dot_product_attention", bench.F.scaled_dot_product_attention
+    )
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.AdamW)
+    monkeypatch.setattr(ours.Runtime, "best_dtype", lambda self: "bfloat16")
+    # A clock that goes on by a second whenever it is read.
+    monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)
+    bench.main([*FAST, "--only", rung])
+    told = json.loads(capsys.readouterr().out)
+    assert told["micro_batch"] == 24 and told["ms"] == 1000.0
+    assert tuple(seen[name] for name in SEEN) == RUNG_BY_RUNG[rung]
+
+
+def test_bench_finds_the_micro_batch_and_the_peak(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.train_gpt2, "train_step", lambda *_: None)
+    bench.main([*FAST, "--only", "float32", "--micro_batch", "auto"])
+    assert json.loads(capsys.readouterr().out)["micro_batch"] == 256  # of 32 tokens: 8192
+    # A clock that goes on by a second whenever it is read.
+    monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: None)
+    bench.main([*FAST, "--only", "peak"])
+    assert json.loads(capsys.readouterr().out)["peak"] == 2 * 4096**3
+
+
+def test_bench_says_in_one_line_what_is_wrong():
+    for flags in (["--micro_batch", "x"], ["--device", "q"]):
+        done = command("bench.py", *flags)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("bench.py: ")
+
+
+# --------------------------------------------------------------------------------------------------
+# plot.py
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plot")
+    flags = [*TINY, "--val_every", 2, "--val_tokens", 160, "--data", ROOT / "input.txt"]
+    ramp = ["--batch_tokens", 512, "--batch_ramp_tokens", 2048]
+    jobs = {"one": [], "seed": ["--seed", 2], "muon": ["--optimizer", "muon"], "ramp": ramp}
+    run_all(folder, {name: dict(flags=[*flags, *more]) for name, more in jobs.items()})
+    return folder
+
+
+def test_what_is_drawn(three_runs):
+    """Against the records: tokens at every point, also of a growing batch; one label a kind."""
+    runs = [plot.read_run(three_runs / name) for name in ("one", "seed", "muon")]
+    assert plot.labels(runs) == ["optimizer adamw", "optimizer adamw", "optimizer muon"]
+    assert runs[0].tokens.tolist() == [0, 128, 256, 384, 512]
+    assert np.all(np.diff(runs[0].seconds) > 0)
+    # 1/16, 1/8 and 1/4 of 512 tokens, as the line from 1/16 at 0 to 1 at 2048 has them.
+    ramp = plot.read_run(three_runs / "ramp")
+    assert ramp.tokens.tolist() == [0, 32, 64, 96, 128]
+    import matplotlib.pyplot as plt
+
+    figure = plot.draw_runs(plt, runs, ["tokens", "seconds"])
+    assert len(figure.axes) == 2, "no HellaSwag in the records, none in the picture"
+    over_tokens = figure.axes[0]
+    dots = [line for line in over_tokens.lines if line.get_marker() == "o"]
+    recorded = [json.loads(line) for line in open(three_runs / "muon" / "metrics.jsonl")]
+    val = [record["loss"] for record in recorded if record["kind"] == "val"]
+    assert dots[2].get_xydata().tolist() == [list(p) for p in zip([0, 256, 512], val, strict=True)]
+    assert [text.get_text() for text in over_tokens.get_legend().texts] == [
+        "optimizer adamw",
+        "optimizer muon",
+    ]
+    assert not [text for text in over_tokens.texts if "3.2924" in text.get_text()]
+    colours = [line.get_color() for line in dots]
+    assert colours[0] == colours[1] != colours[2]
+
+
+def test_lines_of_gpt2_stand_where_they_belong(three_runs):
+    """3.2924 for FineWeb-Edu alone; HellaSwag's three beside its records."""
+    import matplotlib.pyplot as plt
+
+    run = plot.read_run(three_runs / "one")
+    run.settings = run.settings | {"data": "/x/edu_fineweb10B"}
+    run.kinds["hellaswag"] = {"step": np.array([2, 4]), "acc_norm": np.array([0.25, 0.26])}
+    figure = plot.draw_runs(plt, [run], ["tokens"])
+    texts = [[text.get_text() for text in panel.texts] for panel in figure.axes]
+    assert texts[0] == ["GPT-2 (124M) 3.2924"]
+    assert texts[1] == ["GPT-2 (124M) 0.2955", "GPT-3 (124M) 0.337", "chance 0.25"]
+    (points,) = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    assert points.get_xydata().tolist() == [[256, 0.25], [512, 0.26]]
+
+
+def test_bars():
+    """As long as the rung is fast, with the rounds' spread: 100 ms and 50 (40 to 100)."""
+    import matplotlib.pyplot as plt
+
+    rungs = [dict(name="a", ms=100, each_ms=[100], tokens_per_second=1)]
+    rungs += [dict(name="b", ms=50, each_ms=[40, 50, 100], tokens_per_second=2)]
+    sizes = dict(micro_batch=1, seq_len=1, network="n", device="d")
+    figure = plot.draw_bench(plt, dict(rungs=rungs, **sizes))
+    bars, errors = figure.axes[0].patches, figure.axes[0].collections[0].get_segments()
+    assert [bar.get_width() for bar in bars] == [1.0, 2.0]
+    assert [segment[:, 0].tolist() for segment in errors] == [[1.0, 1.0], [1.0, 2.5]]
+
+
+def test_smooth():
+    values = np.array([3.0, 1.0, 2.0, 6.0, 1.0])
+    assert plot.smooth(values, 2).tolist() == [3.0, 2.0, 1.5, 4.0, 3.5]
+
+
+def test_plot_command(three_runs, tmp_path):
+    done = command("plot.py", three_runs / "one", three_runs / "muon", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "wrote curve.png\n", done.stderr
+    assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.05
+    lines = (three_runs / "one" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    bad = {"h": ['{"kind": "header"}\n'], "begun": lines[:2], "late": [*lines[:2], *lines[4:]]}
+    for name, content in bad.items():
+        (tmp_path / name).write_text("".join(content))
+    (tmp_path / "b.json").write_text("{}")
+    refused = [["nosuch"], ["."], ["nosuch.json"], ["b.json"], ["b.json", "h"], ["h"], ["begun"]]
+    refused += [["late"], [three_runs / "one", "--out", "a.xyz"]]
+    for given in refused:
+        done = command("plot.py", *given, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("plot.py: ")
