@@ -182,7 +182,7 @@ def test_every_score_is_that_of_one_ending_at_a_time(network, reference, harness
 @pytest.mark.parametrize("rows", [1, 5, 32])
 def test_every_length_up_to_and_beyond_the_context(rows, monkeypatch):
     monkeypatch.setitem(hellaswag.ROWS, "cpu", rows)
-    monkeypatch.setattr(hellaswag, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(hellaswag, "VOCAB_SLICE", 7)
     model, draw = make_network(seq_len=12, vocab_size=97), random.Random(2)
     lengths = [(c, e) for c in (1, 2, 5, 11, 12, 13, 14, 30) for e in (0, 1, 2, 7, 11, 12)]
     examples = []
