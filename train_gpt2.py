@@ -1252,6 +1252,8 @@ def evaluate_only(model, val_loader, config, runtime) -> None:
 
 def announce(model, how, starts, loader, micro_batch, config, runtime) -> None:
     parameters = sum(p.numel() for p in model.parameters())
+    if runtime.world > 1:
+        runtime.print(f"processes wait {config.timeout_minutes} minutes for each other, no longer")
     runtime.print(
         f"{parameters:,} parameters; {runtime.world} x {runtime.kind}, {runtime.dtype}, {how}\n"
         f"{len(starts) - 1:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"

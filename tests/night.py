@@ -11,9 +11,9 @@ from pathlib import Path
 
 from helpers import SCRIPT, TINY, make_shards, run
 
-STEPS = 300
-RUN = [*TINY, "--max_steps", STEPS, "--checkpoint_every", 50, "--sample_every", 100]
-RUN += ["--val_every", 100, "--val_tokens", 160, "--data", "shards"]
+STEPS = 160
+RUN = [*TINY, "--max_steps", STEPS, "--checkpoint_every", 40, "--sample_every", 80]
+RUN += ["--val_every", 80, "--val_tokens", 160, "--data", "shards"]
 LONG = [*RUN, "--max_steps", 100_000, "--val_every", 0, "--sample_every", 0]
 
 
@@ -75,5 +75,5 @@ def quiet_run(folder: Path) -> Path:
 
 
 def copy(quiet: Path, name: str) -> Path:
-    """A copy of the quiet run: STEPS steps, with the checkpoints of 250 and 300."""
+    """A copy of the quiet run: STEPS steps, with the checkpoints of 120 and 160."""
     return Path(shutil.copytree(quiet / "quiet", quiet / name))

@@ -15,6 +15,8 @@ import torch
 from helpers import SCRIPT, TINY, losses, make_shards, run
 from night import LONG, RUN, STEPS, copy, facts, quiet_run, recorded, start, wait_for
 
+import train_gpt2
+
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory) -> Path:
@@ -32,9 +34,12 @@ def test_signal_then_resume(quiet, name):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0, said
     assert f"stopped by {name} after step" in said and "--resume" in said
-    done = run(quiet, *RUN, "--out_dir", name, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert facts(folder) == facts(quiet / "quiet")
+    steps = len(losses(folder))
+    assert torch.load(max(folder.glob("*.pt")), weights_only=True)["step"] == steps < STEPS
+    if name == "SIGTERM":  # for one of them to the end
+        done = run(quiet, *RUN, "--out_dir", name, "--resume")
+        assert done.returncode == 0, done.stderr
+        assert facts(folder) == facts(quiet / "quiet")
 
 
 def test_resume_takes_settings_from_the_checkpoint(quiet):
@@ -47,15 +52,15 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     refused = run(quiet, "--out_dir", "more", "--resume", "--learning_rate", "0.5")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "--learning_rate 0.5" in refused.stderr
-    taken = ["--max_steps", 305, "--micro_batch", 2, "--checkpoint_every", 1, "--keep_every", 2]
+    taken = ["--max_steps", 165, "--micro_batch", 2, "--checkpoint_every", 1, "--keep_every", 2]
     taken = run(quiet, "--out_dir", "more", "--resume", *taken)
     assert taken.returncode == 0, taken.stderr
-    assert "going on from" in taken.stdout and len(losses(folder)) == 305
+    assert "going on from" in taken.stdout and len(losses(folder)) == 165
     assert torch.load(max(folder.glob("*.pt")), weights_only=True)["settings"]["seq_len"] == 16
     kept = [int(path.stem.split("_")[1]) for path in sorted(folder.glob("*.pt"))]
-    assert kept == [250, 300, 302, 304, 305], "the newest two, and every second one"
+    assert kept == [120, 160, 162, 164, 165], "the newest two, and every second one"
     anew = run(quiet, *RUN, "--out_dir", "more")
-    assert anew.returncode == 2 and "--resume" in anew.stderr and len(losses(folder)) == 305
+    assert anew.returncode == 2 and "--resume" in anew.stderr and len(losses(folder)) == 165
 
 
 def damage(path: Path, how: str) -> None:
@@ -67,14 +72,16 @@ def damage(path: Path, how: str) -> None:
 
 def test_damaged_checkpoints(quiet):
     """A damaged newest checkpoint is named and the one before taken; if none is whole, one line."""
-    for how in ("truncated", "flipped", "empty"):
+    for how in ("truncated", "empty", "flipped"):
         folder = copy(quiet, f"damaged_{how}")
-        damage(folder / "checkpoint_0000300.pt", how)
-        done = run(quiet, "--out_dir", folder.name, "--resume")
-        assert done.returncode == 0, done.stderr
-        assert "checkpoint_0000300.pt is no whole checkpoint" in done.stdout
-        assert "going on from" in done.stdout and "checkpoint_0000250.pt" in done.stdout
-        assert facts(folder) == facts(quiet / "quiet")
+        damage(folder / "checkpoint_0000160.pt", how)
+        content, told = train_gpt2.newest_checkpoint(folder)
+        assert content["step"] == 120 and "checkpoint_0000160.pt is no whole checkpoint" in told
+    done = run(quiet, "--out_dir", folder.name, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint_0000160.pt is no whole checkpoint" in done.stdout
+    assert "going on from" in done.stdout and "checkpoint_0000120.pt" in done.stdout
+    assert facts(folder) == facts(quiet / "quiet")
     for path in folder.glob("checkpoint_*.pt"):
         damage(path, "truncated")
     done = run(quiet, "--out_dir", folder.name, "--resume")
@@ -106,9 +113,9 @@ def test_divergence_stops_before_the_update(quiet):
 def test_full_disk(quiet):
     """A checkpoint cannot be written: training goes on with a warning, the old one stays."""
     folder = copy(quiet, "full")
-    before = (folder / "checkpoint_0000300.pt").read_bytes()
+    before = (folder / "checkpoint_0000160.pt").read_bytes()
     limit = 'ulimit -f 2000; exec "$@"'  # blocks of 1 KiB: enough for records, not for a checkpoint
-    flags = ["--out_dir", "full", "--resume", "--max_steps", "400"]
+    flags = ["--out_dir", "full", "--resume", "--max_steps", "240"]
     done = subprocess.run(
         ["bash", "-c", limit, "bash", sys.executable, str(SCRIPT), *flags],
         cwd=quiet,
@@ -118,10 +125,10 @@ def test_full_disk(quiet):
         text=True,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "checkpoint 400 NOT written" in done.stderr
-    assert "checkpoint 350 NOT written" in done.stdout, "it stays visible in the progress lines"
-    assert len(losses(folder)) == 400
-    assert (folder / "checkpoint_0000300.pt").read_bytes() == before
+    assert "checkpoint 240 NOT written" in done.stderr
+    assert "checkpoint 200 NOT written" in done.stdout, "it stays visible in the progress lines"
+    assert len(losses(folder)) == 240
+    assert (folder / "checkpoint_0000160.pt").read_bytes() == before
     assert not list(folder.glob("*.tmp"))
 
 
@@ -186,10 +193,11 @@ def test_killed_while_writing_a_checkpoint(quiet):
     process = start(quiet, *RUN, "--out_dir", "fifo", "--checkpoint_every", 2)
     wait_for(lambda: list(folder.glob("checkpoint_*.pt")), process)
     for step in range(2, STEPS + 1, 2):  # a disk that takes the bytes of no further checkpoint
-        if not (folder / f"checkpoint_{step:07d}.tmp").exists():
-            os.mkfifo(folder / f"checkpoint_{step:07d}.tmp")
+        half = folder / f"checkpoint_{step:07d}.pt.{process.pid}.tmp"
+        if not half.exists():
+            os.mkfifo(half)
     time.sleep(2)
-    assert process.poll() is None, "the writer waits"
+    assert process.poll() is None and list(folder.glob("*.tmp")), "the writer waits"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     done = run(quiet, *RUN, "--out_dir", "fifo", "--resume")

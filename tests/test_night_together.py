@@ -42,9 +42,9 @@ def test_two_processes(quiet):
     assert content["step"] == steps and len(content["rng"]) == 2
 
     folder = copy(quiet, "grown")
-    (folder / "checkpoint_0000300.pt").unlink()
+    (folder / "checkpoint_0000160.pt").unlink()
     done = run(quiet, "--out_dir", "grown", "--resume", processes=2)
-    assert done.returncode == 0 and "checkpoint_0000250.pt" in done.stdout, done.stderr
+    assert done.returncode == 0 and "checkpoint_0000120.pt" in done.stdout, done.stderr
     np.testing.assert_allclose(losses(folder), losses(quiet / "quiet"), atol=1e-4)
 
 
