@@ -626,8 +626,8 @@ def test_the_trainer_trains_on_the_shards(tmp_path):
     for format in ("npy", "bin"):
         made = ["--input", HERE / "input.txt", "--format", format, "--shard_tokens", 20_000]
         run(*made, "--out", format, cwd=tmp_path)
-        flags = [*helpers.TINY, "--data", format, "--val_every", 4, "--out_dir", f"log_{format}"]
-        done = helpers.run(tmp_path, *flags)
+        flags = [*helpers.TINY, "--data", format, "--val_every", 4, "--val_tokens", 320]
+        done = helpers.run(tmp_path, *flags, "--out_dir", f"log_{format}")
         assert done.returncode == 0 and "incomplete" not in done.stdout, done.stderr
         losses.append(list(helpers.losses(tmp_path / f"log_{format}")))
     assert losses[0] == losses[1]
