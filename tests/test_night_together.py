@@ -88,6 +88,6 @@ def test_a_hung_process_ends_the_wait(quiet):
     waiting, hung = workers(process.pid)
     os.kill(hung, signal.SIGSTOP)
     wait_for(lambda: not os.path.exists(f"/proc/{waiting}"), process)
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun first: it would start both anew
     os.kill(hung, signal.SIGKILL)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert "0.1 minutes" in process.communicate()[0]
+    assert "0.1 minutes" in process.communicate(timeout=60)[0]
