@@ -53,12 +53,12 @@ def without_fused(adamw, *args, fused, **options):
     return adamw(*args, **options)
 
 
-def network_config(name: str, args) -> TrainConfig:
+def network_config(args) -> TrainConfig:
     """The settings to measure with: the preset's network; 16 x 1024 tokens on a GPU as the lecture,
     4 x 256 on a CPU, for the demo its own 24 x 32; or what the flags say."""
-    row = PRESETS[name]
-    rows, seq_len = (24, row["seq_len"]) if name == "demo" else (16, 1024)
-    if args.device == "cpu" and name != "demo":
+    row = PRESETS[args.network]
+    rows, seq_len = (24, row["seq_len"]) if args.network == "demo" else (16, 1024)
+    if args.device == "cpu" and args.network != "demo":
         rows, seq_len = 4, 256
     seq_len = args.seq_len or seq_len
     rows = rows if args.micro_batch is None else args.micro_batch
@@ -87,7 +87,7 @@ def peak_memory(runtime) -> int:
 def measure_rung(rung: str, args) -> dict:
     """Time the steps of one rung, after a warm-up -> what was found, or why it is not on here."""
     on = list(RUNGS)[: list(RUNGS).index(rung) + 1]
-    config = network_config(args.network, args)
+    config = network_config(args)
     runtime = train_gpt2.Runtime(config)
     if rung == "TF32" and not (runtime.kind == "cuda" and runtime.best_dtype() == "bfloat16"):
         return {"skipped": "only NVIDIA's GPUs have it, from Ampere on"}

@@ -14,7 +14,7 @@ pieces of text, so (part, piece, token) is the address of any token, and the man
 each shard the address at which the next one begins. A restart opens the source there.
 
 The tokenizer runs in processes, one a core. Threads would do, too, since tiktoken's Rust code lets
-go of Python's lock, but they are slower: each piece of text has to win the lock back.
+go of Python's lock, but they were measured to be slower (runs/fineweb-cpu).
 
 Contents
     1. Settings                     4. The manifest                     7. Tokens to shards

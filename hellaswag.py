@@ -313,7 +313,7 @@ def token_losses(model, x, targets):
         # log(sum(exp(logits))); log_softmax is one kernel, torch.logsumexp several.
         total = torch.logaddexp(total, logits[:, 0] - logits.log_softmax(dim=1)[:, 0])
         at = (targets - i * VOCAB_SLICE)[:, None]
-        here = logits.gather(1, at.clamp(0, len(ids) - 1))
+        here = logits.gather(1, at.clamp(0, len(ids) - 1))  # (N, v) -> (N, 1)
         right = torch.where((at >= 0) & (at < len(ids)), here, right[:, None])[:, 0]
     return total - right
 

@@ -334,7 +334,7 @@ class GPT(nn.Module):
         """Draw new weights from torch's global random numbers: torch.manual_seed decides them.
 
         weight                      standard deviation   why
-        of Linear and Embedding     0.02                 GPT-2's code; 1 / sqrt(C) is 0.036
+        of Linear and Embedding     0.02                 GPT-2's code
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add up in the
                                                          residual stream, whose variance is kept
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
@@ -733,6 +733,7 @@ class DataLoaderLite:
     def batch(self, starts, step: int, micro_batch: int, runtime: Runtime):
         """This process's part of a step: inputs and targets, (micro-steps, B, T) each.
 
+        Step s takes the run's sequences starts[s] .. starts[s + 1] - 1 (step_starts, in section 6).
         A thread reads the next step's part meanwhile.
         """
         read = functools.partial(self.read, starts, micro_batch=micro_batch, runtime=runtime)
@@ -771,7 +772,7 @@ def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Op
         # 2024). The averaged gradient of a matrix, U S V^T, is mostly a few large directions, and
         # AdamW's step follows them. Muon steps by about U V^T, as far in each direction: five
         # rounds of three small products orthogonalise it. The step's size is matched to AdamW's
-        # ("Muon is Scalable for LLM Training", 2025, section 2.2), so learning rates carry over.
+        # ("Muon is Scalable for LLM Training", 2025, section 2.2): one schedule serves both.
         options = dict(weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         optimizers["muon"] = torch.optim.Muon(matrices, lr, **options)
         matrices = []

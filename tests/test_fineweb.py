@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import helpers
+import night
 import numpy as np
 import pytest
 
@@ -311,11 +312,6 @@ def test_restart_where_a_shard_ends_with_a_document(folder):
     assert shards_of("out") == plain_shards(DOCUMENTS[:9], shard_tokens, "npy")
 
 
-def children_of(pid: int) -> list[int]:
-    files = Path(f"/proc/{pid}/task").glob("*/children")  # by the thread that began them
-    return [int(child) for file in files for child in file.read_text().split()]
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found by /proc")
 @pytest.mark.parametrize("who", ["parent", "worker"])
 def test_a_killed_process_takes_the_others_with_it(folder, who):
@@ -327,7 +323,7 @@ def test_a_killed_process_takes_the_others_with_it(folder, who):
     )
     while not (folder / "out" / "edufineweb_train_000002.npy").exists():
         time.sleep(0.01)
-    workers = children_of(process.pid)
+    workers = night.workers(process.pid)
     assert len(workers) == 2
     os.kill(process.pid if who == "parent" else workers[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=20)
