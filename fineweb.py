@@ -543,18 +543,19 @@ def start_workers(number: int) -> Iterator[ProcessPoolExecutor]:
     """
     pool = ProcessPoolExecutor(number, initializer=begin_worker)
     try:
-        for _ in range(number):
-            pool.submit(len, ())
+        try:
+            for _ in range(number):
+                pool.submit(len, ())
+        except OSError:  # too many processes; exit would wait for those that did begin
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         yield pool
     except BrokenProcessPool:
         raise UserError(
             "a process that tokenizes was killed, for lack of memory perhaps; the same command "
             "goes on, with fewer --workers if you like"
         ) from None
-    except OSError:  # too many processes, above all; those that began would be waited for
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
