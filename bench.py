@@ -8,7 +8,6 @@ The lecture's section 2, "make it fast" (1:22:18), as a command: its ladder, cli
 Each rung stands on all those before it. What is timed is train_gpt2.py's own network and its
 train_step; what a rung lacks is taken away from outside, in a process that measures this rung
 alone. A round takes every rung in turn, so that a machine that is busy for a while is so for all.
-The loss is computed in slices on all rungs that are not compiled: see LinearCrossEntropy.
 """
 
 import argparse

@@ -270,41 +270,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # and each thinks about it by itself
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The mean cross-entropy of the logits x @ weight.T, without ever holding them whole.
-
-    Logits are by far the largest tensor: for 64 sequences of 1024 tokens 13 GB in float32. But a
-    row's loss needs no other row, and its gradient, softmax minus one-hot, is known as soon as the
-    softmax is. So a slice of rows goes from logits to gradients at once and is forgotten.
-    x (N, C), weight (V, C), targets (N) -> a scalar, float32.
-    """
-
-    SLICE = 1024  # rows: 0.2 GB of float32 logits. Fewer make slower matrix products
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype):
-        w, loss, weight_grad, x_grad = weight.to(dtype), 0.0, None, torch.empty_like(x)
-        slices = [tensor.split(LinearCrossEntropy.SLICE) for tensor in (x, targets, x_grad)]
-        for rows, target, rows_grad in zip(*slices, strict=True):
-            rows = rows.to(dtype)
-            log_p = F.log_softmax(rows @ w.T, dim=1, dtype=torch.float32)  # (n, C) (C, V) -> (n, V)
-            loss = loss + F.nll_loss(log_p, target, reduction="sum")
-            if ctx.needs_input_grad[0]:
-                error = log_p.exp_()  # the loss's gradient by the logits: softmax - one-hot
-                error[torch.arange(len(target), device=x.device), target] -= 1.0
-                error = error.to(dtype)
-                rows_grad.copy_(error @ w)  # (n, V) (V, C) -> (n, C)
-                grad = (error.T @ rows).float()  # (V, n) (n, C) -> (V, C)
-                weight_grad = grad if weight_grad is None else weight_grad.add_(grad)
-        ctx.gradients = x_grad, weight_grad
-        return loss / len(targets)
-
-    @staticmethod
-    def backward(ctx, loss_grad):
-        scale = loss_grad / len(ctx.gradients[0])  # last: float16 would lose more small ones
-        return *(gradient.mul_(scale) for gradient in ctx.gradients), None, None
-
-
 class GPT(nn.Module):
     """GPT-2: a decoder-only transformer, the norms before the sublayers (GPT-2 paper, section 2.3).
 
@@ -364,12 +329,8 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        x, targets = x.flatten(0, 1), targets.flatten()  # (B, T, C) -> (B T, C)
-        if torch.compiler.is_compiling():  # the compiler fuses the softmax by itself
-            return F.cross_entropy(self.lm_head(x).float(), targets)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, dtype)
+        logits = self.lm_head(x).float()  # softmax needs more precision than bfloat16 has
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def flops_per_token(self, seq_len: int) -> int:
         """Operations of training on a token: 6 for each parameter that multiplies (wpe only adds),
