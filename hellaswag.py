@@ -330,7 +330,7 @@ def log_probabilities(model, batch: list[Example], runtime) -> list[list[float]]
     hidden, following = [], []
     by_length = sorted(range(len(endings)), key=lambda row: len(endings[row]))
     with runtime.autocast():
-        cache = [[] for _ in model.transformer.h]
+        cache = model.new_cache()
         contexts = torch.tensor([example.context for example in batch], device=device)
         first = model.hidden(contexts, cache)[:, -1:]  # (B, S) -> (B, 1, C)
         for i in range(0, len(endings), ROWS[device.type]):
@@ -342,8 +342,7 @@ def log_probabilities(model, batch: list[Example], runtime) -> list[list[float]]
             # The context's last token predicts an ending's first, that the second, and so on.
             x = first[owners]  # (B, 1, C) -> (R, 1, C)
             if E > 1:
-                # (B, H, S, D) -> (R, H, S, D)
-                past = [[part[owners] for part in layer] for layer in cache]
+                past = cache.select(owners)  # (B, H, S, D) -> (R, H, S, D)
                 x = torch.cat([x, model.hidden(tokens[:, :-1].clamp(min=0), past)], 1)  # (R, E, C)
             real = tokens != PADDING
             hidden.append(x[real])  # (R, E, C) -> (n, C)

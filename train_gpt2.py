@@ -55,6 +55,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
@@ -210,39 +211,53 @@ def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
 # --------------------------------------------------------------------------------------------------
 
 
+class KVCache:
+    """The keys and values of the tokens that a model has read, so a new token costs only itself."""
+
+    def __init__(self):
+        self.layers = {}  # layer -> keys and values, (B, H, S, D) each, of the S tokens so far
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].size(2) if self.layers else 0
+
+    def update(self, layer: int, k, v):
+        """Append T tokens' keys and values, (B, H, T, D) each, and return all of the layer's."""
+        if layer in self.layers:
+            past_k, past_v = self.layers[layer]
+            k = torch.cat([past_k, k], dim=2)  # (B, H, S, D) and (B, H, T, D) -> (B, H, S + T, D)
+            v = torch.cat([past_v, v], dim=2)
+        self.layers[layer] = k, v
+        return k, v
+
+    def select(self, rows) -> "KVCache":
+        """A cache of these rows of the batch, (R,) indices; a row may be taken several times."""
+        selected = KVCache()
+        selected.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+        return selected
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, past=None):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        if past is None:
-            # softmax(q k^T / sqrt(D)) v, where no token looks ahead. The kernel goes by blocks
-            # ("FlashAttention", 2022): the (B, H, T, T) scores are never in memory.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = self.continue_past(q, k, v, past)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, H, T, D) -> (B, H, S, D), S >= T
+        # softmax(q k^T / sqrt(D)) v, where no token sees a later one. FlashAttention (2022)
+        # computes this block by block and never writes the (B, H, T, S) scores to memory.
+        mask = None if cache is None else causal_lower_right(T, k.size(2))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
-
-    def continue_past(self, q, k, v, past):
-        """Attention of T new tokens to those in `past` and to themselves, for sampling.
-
-        `past` is [] before the first token, then [keys, values] of all so far, (B, H, S, D) each;
-        the new ones are added to it.
-        """
-        if past:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        past[:] = k, v
-        T, S = q.size(2), k.size(2)  # new token t is at position S - T + t: it sees that far
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class MLP(nn.Module):
@@ -258,15 +273,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, past=None):
-        x = x + self.attn(self.ln_1(x), past)  # tokens tell each other what they know
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)  # tokens tell each other what they know
         return x + self.mlp(self.ln_2(x))  # and each thinks about it by itself
 
 
@@ -283,7 +298,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),  # token -> vector
                 wpe=nn.Embedding(config.seq_len, config.n_embd),  # position -> vector
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd),
             )
         )
@@ -312,16 +327,20 @@ class GPT(nn.Module):
                 if isinstance(module, nn.Linear):
                     module.bias.zero_()
 
+    def new_cache(self) -> KVCache:
+        """An empty cache for `hidden`."""
+        return KVCache()
+
     def hidden(self, tokens, cache=None):
         """tokens (B, T) -> (B, T, C), from which lm_head predicts each next token.
 
-        With `cache`, one list a layer (see continue_past), `tokens` continue what it has seen.
+        With a cache, `tokens` continue the sequences in it.
         """
-        seen = cache[0][0].size(2) if cache and cache[0] else 0
+        seen = 0 if cache is None else cache.length
         positions = torch.arange(seen, seen + tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache[layer] if cache else None)
+        for block in self.transformer.h:
+            x = block(x, cache)
         return self.transformer.ln_f(x)
 
     def forward(self, tokens, targets=None):
@@ -410,10 +429,10 @@ def generate(
     device, context = model.lm_head.weight.device, model.config.seq_len
     generator = torch.Generator().manual_seed(seed)  # the CPU's: the same draws on every device
     tokens = torch.tensor(prompt, device=device).repeat(samples, 1)  # (T) -> (B, T)
-    cache = [[] for _ in model.transformer.h]
+    cache = model.new_cache()
     for _ in range(max_new_tokens):
         if cached and tokens.size(1) <= context:
-            new = tokens[:, -1:] if cache[0] else tokens
+            new = tokens[:, cache.length :]
             x = model.hidden(new, cache)  # (B, new) -> (B, new, C)
         else:  # the window slides: every position changes, so the cache is void
             x = model.hidden(tokens[:, -context:])  # (B, T) -> (B, T, C)
