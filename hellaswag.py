@@ -35,7 +35,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -438,5 +437,3 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    if "RANK" in os.environ:  # all is done: at a usual exit, gloo's threads may still abort it
-        os._exit(0)

@@ -528,8 +528,13 @@ class Runtime:
         return self.sum(value)[0] / self.world
 
     def close(self) -> None:
+        """End the run; if there are several processes, end this one."""
         if self.world > 1:
             dist.destroy_process_group()
+            sys.stdout.flush()
+            # Python would now free the DDP model, which joins gloo's threads while it holds the
+            # GIL, and one of these may be waiting for the GIL.
+            os._exit(0)
 
     def device_name(self) -> str:
         cpu = platform.processor() or platform.machine()
@@ -1246,11 +1251,11 @@ def finish(step: int, steps: int, stop: Stop, saver: Saver, runtime: Runtime) ->
     """Leave a checkpoint, whatever ended the run. Raises UserError if that, or an error, did."""
     saver.save(step)
     problems = runtime.gather(saver.wait() or (str(stop.why) if stop.failed else ""))
-    runtime.close()
     if any(problems):
         raise UserError(next(filter(None, problems)))
     if step < steps:
         runtime.print(f"stopped by {stop.why} after step {step}; the same with --resume goes on")
+    runtime.close()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1326,8 +1331,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-        if "RANK" in os.environ:  # all is done: at a usual exit, gloo's threads may still abort it
-            os._exit(0)
     except KeyboardInterrupt:
         sys.exit("train_gpt2.py: interrupted")
     except UserError as error:
@@ -1335,5 +1338,5 @@ if __name__ == "__main__":
             # What all processes meet, number 0 says; torchrun then ends the others in their sleep.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f"train_gpt2.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"train_gpt2.py: {error}", file=sys.stderr, flush=True)
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)  # as Runtime.close
