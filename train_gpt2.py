@@ -94,7 +94,7 @@ def auto_or_number(text: str) -> int:
 class TrainConfig:
     """What the run does. The defaults are the preset "gpt2": the lecture's run.
 
-    Batch, warmup, ramp and validation are in tokens: another number of GPUs changes no meaning.
+    Batch, warmup and validation are in tokens: another number of GPUs changes no meaning.
     """
 
     preset: str = setting("", "a row of the presets; flags win over it")
@@ -125,8 +125,6 @@ class TrainConfig:
     warmup_tokens: int = setting(375_000_000, "tokens to the highest rate")  # GPT-3, appendix B
     weight_decay: float = setting(0.1, "of matrices and embeddings")  # GPT-3 paper, appendix B
     grad_clip: float = setting(1.0, "highest norm of the gradient (0: any)")  # GPT-3, appendix B
-    # GPT-3's batch grows over its first 4 to 12 billion tokens. The lecture leaves that out.
-    batch_ramp_tokens: int = setting(0, "tokens while the batch grows from 1/16 (0: it does not)")
 
     val_every: int = setting(250, "steps between validation losses (0: never)")  # the lecture
     val_tokens: int = setting(20 * 2**19, "validation tokens to read")  # the lecture
@@ -597,21 +595,15 @@ def step_fits(size: int, config: TrainConfig, model: GPT, runtime: Runtime) -> b
         torch.cuda.empty_cache()
 
 
-def batch_unit(config: TrainConfig, runtime: Runtime) -> int:
-    """A batch must be a multiple of so many sequences: micro-batches, sixteenths with a ramp."""
-    return math.lcm(config.micro_batch or 1, 16 if config.batch_ramp_tokens else 1) * runtime.world
-
-
 def choose_micro_batch(config: TrainConfig, model: GPT, runtime: Runtime) -> int:
     """How many sequences a device takes at a time: --micro_batch, or as many as fit and serve.
 
     Raises UserError, naming a batch that works, where the batch cannot be cut so.
     """
-    unit = batch_unit(config, runtime) * config.seq_len
+    unit = (config.micro_batch or 1) * config.seq_len * runtime.world
     if config.batch_tokens % unit:
         works = max(1, round(config.batch_tokens / unit)) * unit
-        factor = "lcm(16, micro_batch) * " if config.batch_ramp_tokens else ""
-        factor = factor or ("micro_batch * " if config.micro_batch else "")
+        factor = "micro_batch * " if config.micro_batch else ""
         what = f"--batch_tokens {config.batch_tokens} is not a multiple of {factor}"
         raise UserError(f"{what}seq_len * processes = {unit}; try {works}")
     if config.micro_batch:
@@ -690,9 +682,8 @@ class DataLoaderLite:
 
     def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None, source="the data"):
         self.shards, self.seq_len, self.seed = shards, seq_len, seed
-        self.counts = np.array([max(0, len(shard) - 1) // seq_len for shard in shards])
-        self.epoch_sequences = int(self.counts.sum())
-        self.thread, self.next = ThreadPoolExecutor(1), {}
+        self.counts = [max(0, len(shard) - 1) // seq_len for shard in shards]
+        self.epoch_sequences = sum(self.counts)
         if not self.epoch_sequences:
             most = max(map(len, shards)) - 1
             hint = f"try --seq_len {most}" if most > 0 else "give more text"
@@ -701,39 +692,29 @@ class DataLoaderLite:
     def order(self, size: int, *which: int) -> np.ndarray:
         return np.arange(size) if self.seed is None else permutation(size, self.seed, *which)
 
-    def sequences(self, first: int, count: int) -> np.ndarray:
-        """The run's sequences first .. first + count - 1 -> (count, T + 1) int64 tokens."""
-        rows = np.empty((count, self.seq_len + 1), np.int64)
-        for row, g in zip(rows, range(first, first + count), strict=True):
-            epoch, g = divmod(g, self.epoch_sequences)
-            shards = self.order(len(self.shards), epoch)
-            ends = np.cumsum(self.counts[shards])  # where each shard's sequences end in the epoch
-            place = np.searchsorted(ends, g, side="right")
-            shard = shards[place]
-            # g - ends[place] is below 0: it counts from the end of the shard's order.
-            i = self.order(self.counts[shard], epoch, 1 + shard)[g - ends[place]]
-            row[:] = read_tokens(self.shards[shard], i * self.seq_len, self.seq_len + 1)
-        return rows
+    def sequence(self, g: int) -> np.ndarray:
+        """Sequence g of the run -> (T + 1,) tokens."""
+        epoch, g = divmod(g, self.epoch_sequences)
+        for shard in self.order(len(self.shards), epoch):
+            if g < self.counts[shard]:
+                break
+            g -= self.counts[shard]
+        i = self.order(self.counts[shard], epoch, 1 + shard)[g]
+        return read_tokens(self.shards[shard], i * self.seq_len, self.seq_len + 1)
 
-    def batch(self, starts, step: int, micro_batch: int, runtime: Runtime):
-        """This process's part of a step: inputs and targets, (micro-steps, B, T) each.
+    def sequences(self, numbers) -> torch.Tensor:
+        """The sequences with these numbers -> (count, T + 1) int64."""
+        return torch.from_numpy(np.stack([self.sequence(g) for g in numbers]).astype(np.int64))
 
-        Step s takes the run's sequences starts[s] .. starts[s + 1] - 1 (step_starts, in section 6).
-        A thread reads the next step's part meanwhile.
+    def batch(self, step: int, batch_tokens: int, micro_batch: int, runtime) -> torch.Tensor:
+        """This rank's part of a step -> (micro-steps, B, T + 1) int64.
+
+        Step s takes the run's sequences from s N on, with N = batch_tokens / T. Micro-step m of
+        rank r takes B of them, from s N + (m world + r) B on.
         """
-        read = functools.partial(self.read, starts, micro_batch=micro_batch, runtime=runtime)
-        tokens = (self.next.pop(step, None) or self.thread.submit(read, step)).result()
-        if step + 2 < len(starts):
-            self.next = {step + 1: self.thread.submit(read, step + 1)}
-        tokens = tokens.to(runtime.device, non_blocking=True)
-        return tokens[..., :-1], tokens[..., 1:]
-
-    def read(self, starts, step, micro_batch, runtime):
-        first, rows = starts[step], (starts[step + 1] - starts[step]) // runtime.world
-        B = math.gcd(micro_batch, rows)  # micro_batch, but for the small batches of a ramp
-        # Micro-step m of process r takes the B sequences from (m world + r) B on.
-        turns = range(runtime.rank, runtime.world * rows // B, runtime.world)
-        tokens = torch.from_numpy(np.stack([self.sequences(first + i * B, B) for i in turns]))
+        N, B = batch_tokens // self.seq_len, micro_batch
+        firsts = range(step * N + runtime.rank * B, (step + 1) * N, runtime.world * B)
+        tokens = torch.stack([self.sequences(range(first, first + B)) for first in firsts])
         return tokens.pin_memory() if runtime.kind == "cuda" else tokens
 
 
@@ -768,31 +749,19 @@ def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Op
     return optimizers | {"adamw": torch.optim.AdamW(groups, lr, **options)}
 
 
-def step_starts(config: TrainConfig, epoch_sequences: int, unit: int = 1) -> np.ndarray:
-    """Step s trains on sequences starts[s] .. starts[s + 1] - 1 of the run: steps + 1 numbers.
+def count_steps(config: TrainConfig, epoch_sequences: int, world: int = 1) -> int:
+    """The steps of a run: the whole batches in its epochs, or --max_steps.
 
-    The run ends after the last whole batch of its epochs, or after --max_steps. Raises UserError,
-    naming a batch that works and is a multiple of `unit` sequences, when there is no whole batch.
+    Raises UserError, naming a batch that works, if there is not one whole batch.
     """
-    full = config.batch_tokens // config.seq_len
-    end = math.inf if config.max_steps else config.epochs * epoch_sequences
-    starts = [0]
-    while not config.max_steps or len(starts) <= config.max_steps:
-        size, tokens = full, starts[-1] * config.seq_len
-        if tokens < config.batch_ramp_tokens:
-            # GPT-3's line from 1/16 to 1, rounded down to doublings: torch.compile sees few shapes.
-            line = 1 / 16 + 15 / 16 * tokens / config.batch_ramp_tokens
-            size = next(full >> k for k in range(5) if 0.5**k <= line)
-        if starts[-1] + size > end:
-            break
-        starts.append(starts[-1] + size)
-    if len(starts) == 1:
-        have = int(config.epochs * epoch_sequences)
-        works = have // unit * unit * config.seq_len
-        hint = f"try --batch_tokens {works}" if works else "give more text or --epochs"
-        what = f"--batch_tokens {config.batch_tokens} is more than there are to train on"
-        raise UserError(f"{what}, {have * config.seq_len}; {hint}")
-    return np.array(starts)
+    tokens = int(config.epochs * epoch_sequences) * config.seq_len
+    steps = config.max_steps or tokens // config.batch_tokens
+    if steps == 0:
+        unit = (config.micro_batch or 1) * config.seq_len * world
+        hint = f"try {tokens // unit * unit}" if tokens >= unit else "give more text or --epochs"
+        what = f"--batch_tokens {config.batch_tokens} is more than there are to train on, {tokens}"
+        raise UserError(f"{what}; {hint}")
+    return steps
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
@@ -818,7 +787,7 @@ def train_step(model, ddp, optimizers, scaler, batch, lr, config, runtime) -> tu
     `ddp` is the model, wrapped in DistributedDataParallel if there are several processes. Where the
     loss or the norm is not finite there is no update: it would spoil the network for good.
     """
-    inputs, targets = batch  # (micro-steps, B, T) each
+    inputs, targets = batch[..., :-1], batch[..., 1:]  # (micro-steps, B, T) each
     total = 0.0
     for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         # DDP averages gradients over the processes during backward: needed once, at the last one.
@@ -857,13 +826,15 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats, tokens, text = 0.0, 0, 0
     for first in range(runtime.rank * micro_batch, end, runtime.world * micro_batch):
-        rows = loader.sequences(first, min(micro_batch, end - first))
-        rows_there = torch.from_numpy(rows).to(runtime.device)
-        x, y = rows_there[:, :-1], rows_there[:, 1:]
+        rows = loader.sequences(range(first, min(first + micro_batch, end)))
+        x, y = rows[:, :-1].to(runtime.device), rows[:, 1:].to(runtime.device)
         forward = model if len(rows) == micro_batch else model.forward  # compiled for full ones
         with runtime.autocast():
             nats += forward(x, y).item() * y.numel()
-        tokens, text = tokens + y.numel(), text + int(fineweb.token_bytes()[rows[:, 1:]].sum())
+        tokens, text = (
+            tokens + y.numel(),
+            text + int(fineweb.token_bytes()[rows[:, 1:].numpy()].sum()),
+        )
     nats, tokens, text = runtime.sum(nats, tokens, text)
     return nats / tokens, nats / math.log(2) / max(text, 1)
 
@@ -1236,14 +1207,15 @@ def evaluate_only(model, val_loader, config, runtime) -> None:
     runtime.close()
 
 
-def announce(model, how, starts, loader, micro_batch, config, runtime) -> None:
+def announce(model, how, steps, loader, micro_batch, config, runtime) -> None:
     parameters = sum(p.numel() for p in model.parameters())
+    epochs = steps * config.batch_tokens / config.seq_len / loader.epoch_sequences
     if runtime.world > 1:
         runtime.print(f"processes wait {config.timeout_minutes} minutes for each other, no longer")
     runtime.print(
         f"{parameters:,} parameters; {runtime.world} x {runtime.kind}, {runtime.dtype}, {how}\n"
-        f"{len(starts) - 1:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
-        f" {config.seq_len} at a time: {starts[-1] / loader.epoch_sequences:.2f} epochs"
+        f"{steps:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
+        f" {config.seq_len} at a time: {epochs:.2f} epochs"
     )
 
 
@@ -1280,8 +1252,8 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, source)
     how = compile_in_place(model, config, runtime)
     micro_batch = choose_micro_batch(config, model, runtime)
-    starts = step_starts(config, loader.epoch_sequences, batch_unit(config, runtime))
-    folder, steps = open_out_dir(config), len(starts) - 1
+    steps = count_steps(config, loader.epoch_sequences, runtime.world)
+    folder = open_out_dir(config)
 
     # What trains it.
     optimizers = make_optimizers(model, config)
@@ -1300,8 +1272,13 @@ def main(argv: list[str] | None = None) -> None:
     header = describe_run(config, model, loader, runtime)
     records, saver = Records(folder, first, header, runtime), Saver(folder, parts, header, runtime)
     progress, stop = Progress(records, model, config, steps, runtime), Stop()
-    announce(model, how, starts, loader, micro_batch, config, runtime)
+    announce(model, how, steps, loader, micro_batch, config, runtime)
 
+    def read(step):
+        return loader.batch(step, config.batch_tokens, micro_batch, runtime)
+
+    reader = ThreadPoolExecutor(1)  # reads the next batch while the GPU computes
+    ahead = reader.submit(read, first)
     for step in range(first, steps + 1):  # `step` updates are done
         if step > first and due(config.checkpoint_every, step, steps):
             saver.save(step)
@@ -1313,18 +1290,20 @@ def main(argv: list[str] | None = None) -> None:
             show_samples(step, model, config, records, runtime)
         if step == steps:
             break
-        began, end = time.perf_counter(), int(starts[step + 1])
-        lr = learning_rate(end * config.seq_len, int(starts[-1]) * config.seq_len, config)
+        began = time.perf_counter()
+        lr = learning_rate((step + 1) * config.batch_tokens, steps * config.batch_tokens, config)
         with stop.on_error():
-            batch = loader.batch(starts, step, micro_batch, runtime)
+            batch = ahead.result().to(runtime.device, non_blocking=True)
+            ahead = reader.submit(read, step + 1)
         if stop.agreed(runtime):
             break
         loss, norm = train_step(model, ddp, optimizers, scaler, batch, lr, config, runtime)
         # A norm is not finite where float16 overflows: the scaler halves its scale, down to 1.
         if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
             raise diverged(step, loss, norm, folder)
-        tokens = (end - int(starts[step])) * config.seq_len
-        progress.step(step, loss, lr, norm, tokens, time.perf_counter() - began, saver.problem)
+        progress.step(
+            step, loss, lr, norm, config.batch_tokens, time.perf_counter() - began, saver.problem
+        )
     finish(step, steps, stop, saver, runtime)
 
 

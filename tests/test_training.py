@@ -100,7 +100,6 @@ def runs(tmp_path_factory):
     make_shards(folder / "shards")
     sizes = dict(n_positions=24, n_embd=16, n_layer=1, n_head=2)
     their_model(**sizes).save_pretrained(folder / "given")
-    ramp = ["--batch_tokens", 32 * T, "--batch_ramp_tokens", 96 * T]
     ways = {
         "from given weights": [*GIVEN, "--max_steps", 30],
         "1 process, 8": ["--micro_batch", 8, *VALIDATE],
@@ -109,8 +108,6 @@ def runs(tmp_path_factory):
         "1 process, 1": ["--micro_batch", 1, *VALIDATE],
         "2 processes, 4": ["--micro_batch", 4, *VALIDATE],
         "2 processes, 1": ["--micro_batch", 1],
-        "ramp": [*ramp, "--micro_batch", 4],
-        "ramp, 2 processes": [*ramp, "--micro_batch", 8],
         "float16": ["--dtype", "float16", "--max_steps", 6],
         "muon": [*GIVEN, "--optimizer", "muon", "--checkpoint_every", 7],
         "muon, 2 processes": [*GIVEN, "--optimizer", "muon", "--micro_batch", 1],
@@ -146,7 +143,7 @@ def test_thirty_steps_are_those_of_a_plain_loop(runs):
             lr = 3e-3 * (step + 1) / 10
         else:
             lr = 3e-4 + 2.7e-3 * 0.5 * (1 + math.cos(math.pi * (step + 1 - 10) / 20))
-        loss = their_loss(model, torch.from_numpy(data.sequences(8 * step, 8)))
+        loss = their_loss(model, data.sequences(range(8 * step, 8 * step + 8)))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -162,7 +159,7 @@ def test_thirty_steps_are_those_of_a_plain_loop(runs):
     assert record["loss"] < losses(folder / "from given weights")[0] - 0.5
     content = checkpoint(folder / "from given weights")
     assert content["step"] == 30
-    rows = torch.from_numpy(data.sequences(0, 8))
+    rows = data.sequences(range(8))
     with torch.no_grad():  # what is saved is what was trained, the last update included
         assert their_loss(their_twin(content), rows) == pytest.approx(
             their_loss(model, rows).item(), abs=1e-4
@@ -193,7 +190,7 @@ def test_muon_is_that_of_its_papers(runs):
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     data, expected = training_data(folder), []
     for step, record in enumerate(records(folder / "muon", "train")):
-        loss = their_loss(model, torch.from_numpy(data.sequences(8 * step, 8)))
+        loss = their_loss(model, data.sequences(range(8 * step, 8 * step + 8)))
         expected.append(loss.item())
         model.zero_grad()
         loss.backward()
@@ -270,25 +267,6 @@ def test_validation_is_the_same_however_it_is_cut(runs):
     text = fineweb.gpt2_tokenizer().decode_bytes(tokens[1 : 12 * T + 1].tolist())
     bits = sum(nats) / math.log(2) / len(text)
     assert val[names[0]][-1]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-
-
-def test_the_batch_ramp_runs(runs):
-    """Steps of 1/16, 1/8, ... of 32 sequences over 96 of them, 1 process or 2."""
-    folder, _ = runs
-    # After n sequences the line is at 2 + 30 n / 96: at 4 from n = 6.4 on, at 8 from 19.2, at 16
-    # from 44.8, at 32 from 96. So four steps of 2 (to 8), three of 4 (to 20), four of 8 (to 52),
-    # three of 16 (to 100).
-    sizes = [2] * 4 + [4] * 3 + [8] * 4 + [16] * 3
-    for name in ("ramp", "ramp, 2 processes"):
-        content = records(folder / name, "train")
-        tokens = [record["tokens_per_second"] * record["step_ms"] / 1000 for record in content]
-        assert tokens == pytest.approx([size * T for size in sizes])
-        assert [r["lr"] for r in content[:4]] == pytest.approx(
-            [3e-3 * min(1, n * T / 1280) for n in (2, 4, 6, 8)]
-        )
-    np.testing.assert_allclose(
-        losses(folder / "ramp"), losses(folder / "ramp, 2 processes"), atol=1e-4
-    )
 
 
 def test_float16_trains(runs):
