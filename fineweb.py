@@ -42,6 +42,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -75,8 +76,34 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all errors are here."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def run_command(name: str, main: Callable[[], None]) -> None:
+    """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
+    except (UserError, OSError) as error:
+        distributed = "RANK" in os.environ  # torchrun sets it
+        if distributed and os.environ["RANK"] != "0":
+            # Most errors reach every rank, and rank 0 reports them. Then torchrun sends SIGTERM,
+            # which must end the other ranks in their sleep. Only an error of one rank gets further.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        if distributed:
+            os._exit(2)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
+        sys.exit(2)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fineweb.py", description=__doc__.split("\n\n")[0])
+    parser = OneLineParser("fineweb.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="on the hub (default: %(default)s)")
     add("--config", default="sample-10BT", help="configuration of --dataset (default: %(default)s)")
@@ -748,30 +775,25 @@ def verify(folder: Path):
 # 9. The command
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     try:
-        args = parse_arguments(argv)
         if args.verify:
             verify(args.out)
         else:
             build(args)
-    except UserError as error:
-        print(f"fineweb.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
     except (OSError, MemoryError) as error:  # the disk is full, above all
-        print(
-            f"fineweb.py: error: {first_line(error)}; the whole shards stay, and the same command "
-            "goes on after them",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        raise UserError(
+            f"{first_line(error)}; finished shards are kept, and the same command continues "
+            "after them"
+        ) from error
     except KeyboardInterrupt:
         print(
-            "\nfineweb.py: stopped; the same command goes on after the whole shards",
+            "\nfineweb.py: stopped; the same command continues after the finished shards",
             file=sys.stderr,
         )
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    run_command("fineweb.py", main)

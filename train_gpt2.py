@@ -168,17 +168,12 @@ PRESETS["demo"] |= dict(val_every=250, sample_every=500, hellaswag_every=0, chec
 PRESETS["demo"] |= dict(prompt="First Citizen:\n")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help lists all flags)")
-
-
 def read_settings(argv: list[str] | None) -> tuple[TrainConfig, set[str], str]:
     """Settings of a command line, the names that it gives, and why it has this preset.
 
     Raises UserError for a flag or value that does not exist.
     """
-    parser = OneLineParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = fineweb.OneLineParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(TrainConfig):
         options = {"type": type(f.default), **f.metadata}
         if f.type in (bool, bool | None):
@@ -1308,14 +1303,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("train_gpt2.py: interrupted")
-    except UserError as error:
-        if os.getenv("RANK", "0") != "0":
-            # What all processes meet, number 0 says; torchrun then ends the others in their sleep.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        print(f"train_gpt2.py: {error}", file=sys.stderr, flush=True)
-        os._exit(2) if "RANK" in os.environ else sys.exit(2)  # as Runtime.close
+    fineweb.run_command("train_gpt2.py", main)

