@@ -18,9 +18,7 @@ Contents
      6. The optimiser and its schedule
      7. The training step
      8. Validation
-     9. Records
-    10. Checkpoints and interruptions
-    11. The run
+     9. The run
 
 Single letters are sizes: B batch (sequences), T time (tokens in a sequence), C channels, H heads,
 D = C / H, V vocabulary, L layers, N rows of any kind, n some of them, S tokens seen so far. A shape
@@ -31,20 +29,14 @@ import argparse
 import ctypes
 import dataclasses
 import functools
-import json
 import math
 import os
 import platform
 import re
-import shlex
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +50,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
 import fineweb
 import hellaswag
 from fineweb import UserError, first_line
@@ -147,6 +140,26 @@ class TrainConfig:
             works = max(h for h in range(1, self.n_head) if self.n_embd % h == 0)
             what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
             raise UserError(f"{what}; try --n_head {works}")
+
+
+# Flags that may change on --resume; any other would make it a different run. A new --max_steps makes
+# the run longer or shorter, and the learning rate follows its new length from there on.
+MAY_CHANGE = {"data", "out_dir", "resume", "prompt", "device", "dtype", "compile", "micro_batch"}
+MAY_CHANGE |= {f.name for f in dataclasses.fields(TrainConfig) if f.name.endswith("_every")}
+MAY_CHANGE |= {"max_steps", "timeout_minutes"}
+
+
+def resumed_settings(config: TrainConfig, given: set[str], content: dict) -> TrainConfig:
+    """The checkpoint's settings, with what the command line changes of them.
+
+    Raises UserError for a change that would make it another run.
+    """
+    was = {f.name: content["settings"].get(f.name, f.default) for f in dataclasses.fields(config)}
+    for name in given - MAY_CHANGE:
+        if getattr(config, name) != was[name]:
+            what = f"--{name} {getattr(config, name)} would change the run, which has {was[name]}"
+            raise UserError(f"{what}; leave it out, or start anew in another --out_dir")
+    return TrainConfig(**was | {name: getattr(config, name) for name in given & MAY_CHANGE})
 
 
 # Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code. Batch (0.5M and 1M, as powers of
@@ -470,6 +483,7 @@ class Runtime:
             what = f"--device {self.kind} cannot be used"
             raise UserError(f"{what}: {first_line(error)}") from None
         self.kind = self.device.type
+        self.double = torch.float32 if self.kind == "mps" else torch.float64  # Apple has no float64
         if self.kind == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = getattr(torch, self.best_dtype() if config.dtype == "auto" else config.dtype)
@@ -502,20 +516,20 @@ class Runtime:
         if self.rank == 0:
             print(*args, flush=True)
 
-    def sum(self, *values: float) -> list[float]:
-        """The sum of each value over all processes; all of them wait for it."""
-        if self.world == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+    def sum(self, *values) -> list[float]:
+        """Sum each value, a number or a scalar on the device, over all ranks.
 
-    def gather(self, value) -> list:
-        """Each process's value, by rank."""
-        values = [value] * self.world
+        All ranks wait for each other here, and for the GPU, once.
+        """
+        options = dict(dtype=self.double, device=self.device)
+        scalars = [
+            v.to(self.double) if torch.is_tensor(v) else torch.full((), v, **options)
+            for v in values
+        ]
+        total = torch.stack(scalars)
         if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_reduce(total)
+        return total.tolist()
 
     def mean(self, value: float) -> float:
         return self.sum(value)[0] / self.world
@@ -776,34 +790,39 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # --------------------------------------------------------------------------------------------------
 
 
-def train_step(model, ddp, optimizers, scaler, batch, lr, config, runtime) -> tuple[float, float]:
-    """One update -> the mean loss of the whole batch, and the gradient's norm before clipping.
+def train_step(model, ddp, optimizers, scaler, batch, lr, stop, config, runtime):
+    """One step -> the mean loss of the whole batch, the gradient's norm before clipping, and
+    whether any rank wants to stop.
 
-    `ddp` is the model, wrapped in DistributedDataParallel if there are several processes. Where the
-    loss or the norm is not finite there is no update: it would spoil the network for good.
+    `ddp` is the model, wrapped in DistributedDataParallel if there are several ranks. If the loss
+    or the norm is not finite, the update is skipped: it would destroy the weights.
     """
     inputs, targets = batch[..., :-1], batch[..., 1:]  # (micro-steps, B, T) each
     total = 0.0
     for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-        # DDP averages gradients over the processes during backward: needed once, at the last one.
-        waiting = ddp is not model and m < len(inputs) - 1
-        with ddp.no_sync() if waiting else nullcontext():
+        # DDP averages gradients over the ranks during backward: once per step is enough, at the
+        # last micro-step.
+        more = ddp is not model and m < len(inputs) - 1
+        with ddp.no_sync() if more else nullcontext():
             with runtime.autocast():
-                loss = ddp(x, y) / len(inputs)  # a mean of the parts' means
+                loss = ddp(x, y) / len(inputs)  # so the sum over micro-steps is the mean
             scaler.scale(loss).backward()
         total += loss.detach()
-    loss = runtime.mean(float(total))
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    # The only place where Python waits for the GPU, and the ranks for each other.
+    sums = runtime.sum(total, norm, bool(stop))
+    loss, norm, stops = sums[0] / runtime.world, sums[1] / runtime.world, sums[2]
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()  # where float16 overflowed, as it does now and then, it scales less from now on
-    return loss, norm
+        # DDP's gradients are views of the buckets that the ranks exchange; keep them there.
+        optimizer.zero_grad(set_to_none=ddp is model)
+    scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
+    return loss, norm, stops > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -819,13 +838,14 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
     Bits a byte compare between tokenizers too, since a text has the same bytes for each.
     """
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
-    nats, tokens, text = 0.0, 0, 0
+    nats = torch.zeros((), dtype=runtime.double, device=runtime.device)
+    tokens, text = 0, 0
     for first in range(runtime.rank * micro_batch, end, runtime.world * micro_batch):
         rows = loader.sequences(range(first, min(first + micro_batch, end)))
         x, y = rows[:, :-1].to(runtime.device), rows[:, 1:].to(runtime.device)
         forward = model if len(rows) == micro_batch else model.forward  # compiled for full ones
         with runtime.autocast():
-            nats += forward(x, y).item() * y.numel()
+            nats += forward(x, y) * y.numel()
         tokens, text = (
             tokens + y.numel(),
             text + int(fineweb.token_bytes()[rows[:, 1:].numpy()].sum()),
@@ -835,277 +855,7 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Records (2:46:52, at its end: only one process writes)
-# --------------------------------------------------------------------------------------------------
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
-    return sorted(folder.glob("checkpoint_*.pt"))
-
-
-def open_out_dir(config: TrainConfig) -> Path:
-    """The folder of --out_dir. Raises UserError when a run in it would be overwritten."""
-    folder = Path(config.out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out_dir {folder} cannot be written: {error.strerror}") from None
-    if not config.resume and ((folder / "metrics.jsonl").exists() or checkpoints(folder)):
-        raise UserError(f"--out_dir {folder} already holds a run; add --resume, or name another")
-    return folder
-
-
-class Records:
-    """metrics.jsonl: one JSON object a line, of some `kind`, by process 0 alone.
-
-    Opened to go on at `step`, it keeps what was recorded before that step and nothing else, so that
-    each step stands once. The first line says how the run was begun.
-    """
-
-    def __init__(self, folder: Path, step: int, header: dict, runtime: Runtime):
-        self.file, self.waiting = None, b""
-        if runtime.rank == 0:
-            path = folder / "metrics.jsonl"
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith(b"\n")]  # a kill can halve the last
-            kept = [line for line in whole if json.loads(line).get("step", -1) < step]
-            path.with_suffix(".tmp").write_bytes(b"".join(kept))
-            os.replace(path.with_suffix(".tmp"), path)
-            self.file, self.size = os.open(path, os.O_WRONLY | os.O_APPEND), path.stat().st_size
-            if not kept:
-                self.write("header", **header)
-
-    def write(self, kind: str, **values) -> None:
-        if self.file is not None:
-            for key, value in values.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    values[key] = None  # JSON knows neither infinity nor NaN
-            self.waiting += json.dumps({"kind": kind, **values}).encode() + b"\n"
-            try:
-                if os.write(self.file, self.waiting) < len(self.waiting):
-                    raise OSError("the disk is full")
-                self.size, self.waiting = self.size + len(self.waiting), b""
-            except OSError:  # take the half line back; the whole one goes with the next
-                os.ftruncate(self.file, self.size)
-
-
-def describe_run(config: TrainConfig, model: GPT, loader, runtime: Runtime) -> dict:
-    """What somebody needs who wants the same run again."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        answer = subprocess.run(git, check=False, capture_output=True, text=True)
-        revision = answer.stdout.strip() or None
-    except OSError:  # no git here
-        revision = None
-    return dict(
-        command=shlex.join(sys.argv),
-        settings=dataclasses.asdict(config),
-        network=dataclasses.asdict(model.config),
-        epoch_sequences=loader.epoch_sequences,
-        versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
-        device=dict(kind=runtime.kind, name=runtime.device_name(), processes=runtime.world),
-        dtype=str(runtime.dtype).removeprefix("torch."),
-        revision=revision,
-    )
-
-
-class Progress:
-    """Records every training step and shows about one a second, with the time that is left."""
-
-    def __init__(self, records, model: GPT, config: TrainConfig, steps: int, runtime: Runtime):
-        self.records, self.steps, self.runtime = records, steps, runtime
-        self.began, self.shown, self.done, self.peak = 0.0, 0.0, 0, runtime.peak_flops()
-        self.flops = model.flops_per_token(config.seq_len)
-
-    def step(self, step: int, loss, lr, norm, tokens: int, seconds: float, warning: str) -> None:
-        now, speed = time.perf_counter(), tokens / seconds
-        mfu = speed * self.flops / self.peak if self.peak else None
-        line = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
-        self.records.write("train", step=step, **line, tokens_per_second=speed, mfu=mfu)
-        if self.done == 0:
-            self.began = now  # the first step may compile: it says nothing about the others
-        left = (self.steps - step - 1) * (now - self.began) / max(self.done, 1)
-        self.done += 1
-        if now - self.shown > 1 or step == self.steps - 1:
-            self.shown = now
-            eta = timedelta(seconds=round(left)) if left else "-"
-            line = f"step {step:5d}/{self.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
-            line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
-            line += f" | mfu {mfu:.1%}" if mfu else ""
-            self.runtime.print(f"{line} | eta {eta}" + (f" | {warning}" if warning else ""))
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. Checkpoints and interruptions (ours)
-# --------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: Path) -> dict:
-    """What a Saver wrote; UserError for anything else. Nothing in it can run code."""
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: content[key] for key in ("step", "network", "settings", "model")} | content
-    except Exception as error:  # a damaged file fails in as many ways as it has parts
-        what = f"{path} is no whole checkpoint"
-        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from None
-
-
-def on_cpu(value):
-    """A copy of all tensors in nested dicts and lists, on the CPU."""
-    if isinstance(value, dict):
-        return {key: on_cpu(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [on_cpu(part) for part in value]
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
-
-
-class Saver:
-    """Writes checkpoints: plain data, all that the run needs to go on as if nothing had happened.
-
-    Process 0 copies the state and a thread writes it: training waits for the copy alone, unless
-    the write before still goes on. A failed write does not stop the run; `problem` has its reason
-    until a checkpoint is whole again.
-    """
-
-    def __init__(self, folder: Path, parts: dict, header: dict, runtime: Runtime):
-        self.folder, self.parts, self.header, self.runtime = folder, parts, header, runtime
-        self.keep_every, self.saved = header["settings"]["keep_every"], None
-        self.problem, self.lost = "", ""
-        self.thread, self.writing = ThreadPoolExecutor(1), None
-        if runtime.rank == 0:
-            for half in folder.glob("checkpoint_*.tmp"):  # a killed run's
-                half.unlink()
-
-    def save(self, step: int) -> None:
-        if step == self.saved:
-            return
-        self.saved, rng = step, self.runtime.gather(torch.get_rng_state())
-        if self.runtime.rank == 0:
-            self.wait()
-            content = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
-            weights = content["model"]
-            weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: stored once
-            content |= self.header | dict(step=step, rng=rng)
-            self.writing = self.thread.submit(self.write, content)
-
-    def write(self, content: dict) -> str:
-        """-> what went wrong, if something did."""
-        error, path = "", self.folder / f"checkpoint_{content['step']:07d}.pt"
-        if not self.folder.is_dir():
-            self.lost = f"{self.folder} was deleted, and metrics.jsonl with it"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with fineweb.whole_file(path) as file:
-                torch.save(content, file)
-            for old in checkpoints(self.folder)[:-2]:
-                if not self.keep_every or int(old.stem.split("_")[1]) % self.keep_every:
-                    old.unlink()
-        except (OSError, RuntimeError) as problem:  # the latter is torch's word for a full disk
-            reason = getattr(problem, "strerror", None) or first_line(problem)
-            error = f"checkpoint {content['step']} NOT written: {reason}"
-        self.problem = error or self.lost
-        return error
-
-    def wait(self) -> str:
-        """Until the checkpoint in hand is written -> what went wrong, if something did."""
-        return self.writing.result() if self.writing else ""
-
-
-def newest_checkpoint(folder: Path) -> tuple[dict | None, str]:
-    """The newest whole checkpoint in a folder, and what to say about it.
-
-    Raises UserError when there are some and none is whole.
-    """
-    damaged = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            return read_checkpoint(path), "\n".join([*damaged, f"going on from {path}"])
-        except UserError as error:
-            damaged.append(f"{error}; trying the one before")
-    if damaged:
-        raise UserError(f"no checkpoint in {folder} is whole; start anew in another --out_dir")
-    return None, f"no checkpoint in {folder} yet: from the beginning"
-
-
-# What --resume may change: all else would make it another run. A new --max_steps makes the run
-# longer or shorter, and the learning rate follows its new length from there on.
-MAY_CHANGE = {"data", "out_dir", "resume", "prompt", "device", "dtype", "compile", "micro_batch"}
-MAY_CHANGE |= {f.name for f in dataclasses.fields(TrainConfig) if f.name.endswith("_every")}
-MAY_CHANGE |= {"max_steps", "timeout_minutes"}
-
-
-def resumed_settings(config: TrainConfig, given: set[str], content: dict) -> TrainConfig:
-    """The checkpoint's settings, with what the command line changes of them.
-
-    Raises UserError for a change that would make it another run.
-    """
-    was = {f.name: content["settings"].get(f.name, f.default) for f in dataclasses.fields(config)}
-    for name in given - MAY_CHANGE:
-        if getattr(config, name) != was[name]:
-            what = f"--{name} {getattr(config, name)} would change the run, which has {was[name]}"
-            raise UserError(f"{what}; leave it out, or start anew in another --out_dir")
-    return TrainConfig(**was | {name: getattr(config, name) for name in given & MAY_CHANGE})
-
-
-def restore(saved: dict, parts: dict, loader: DataLoaderLite, steps: int, runtime: Runtime) -> int:
-    """Put every part into a checkpoint's state -> its step. Raises UserError if it does not fit."""
-    if saved["step"] > steps:
-        raise UserError(f"the checkpoint is of step {saved['step']}, the run ends at {steps}")
-    if saved["epoch_sequences"] != loader.epoch_sequences:
-        counts = f"{loader.epoch_sequences} sequences instead of {saved['epoch_sequences']}"
-        raise UserError(f"the training data has changed since the checkpoint: {counts}; restore it")
-    for name, part in parts.items():
-        if saved[name]:  # the scaler has no state in a run that needs none
-            part.load_state_dict(saved[name])
-    if runtime.rank < len(saved["rng"]):
-        torch.set_rng_state(saved["rng"][runtime.rank])
-    return saved["step"]
-
-
-class Stop:
-    """Why the run should end early: a signal, or an error that one process met. All end together.
-
-    SIGTERM, Ctrl-C, and SIGUSR1, by which clusters warn of their time limit, wait for the step in
-    hand; a second Ctrl-C does not.
-    """
-
-    def __init__(self):
-        self.why, self.wanted, self.failed = "another process", False, False
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.on_signal)
-
-    def on_signal(self, number, frame) -> None:
-        if self.wanted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.why, self.wanted = signal.Signals(number).name, True
-
-    @contextmanager
-    def on_error(self):
-        try:
-            yield
-        except UserError as error:
-            self.why, self.wanted, self.failed = error, True, True
-
-    def agreed(self, runtime: Runtime) -> bool:
-        return runtime.sum(float(self.wanted))[0] > 0
-
-
-def diverged(step: int, loss: float, norm: float, folder: Path) -> UserError:
-    last = checkpoints(folder)[-1:] or ["none"]
-    what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last[0]}"
-    hint = "try --resume --dtype float32, or --init_from it with a lower --learning_rate"
-    return UserError(f"{what}; {hint}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 11. The run (3:28:23 starting the run)
+# 9. The run (3:28:23 starting the run)
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1115,10 +865,10 @@ def load_network(source: str) -> GPT:
     Raises UserError for anything else.
     """
     path = Path(source)
-    if path.is_dir() and checkpoints(path):
-        path = checkpoints(path)[-1]
+    if path.is_dir() and checkpoint.files(path):
+        path = checkpoint.files(path)[-1]
     if path.is_file():
-        content = read_checkpoint(path)
+        content = checkpoint.read(path)
         model = GPT(GPTConfig(**content["network"]))
         model.load_state_dict(content["model"])
         return model
@@ -1158,6 +908,15 @@ def make_network(config: TrainConfig, given: set[str], saved: dict | None):
     whole = config.eval_only and "seq_len" not in given
     seq_len = most if whole else min(config.seq_len, most)
     return model, dataclasses.replace(config, seq_len=seq_len, **has)
+
+
+def check_resumed(saved: dict, steps: int, loader: DataLoaderLite) -> None:
+    """Raise UserError if a checkpoint does not fit the run."""
+    if saved["step"] > steps:
+        raise UserError(f"the checkpoint is of step {saved['step']}, the run ends at {steps}")
+    if saved["epoch_sequences"] != loader.epoch_sequences:
+        counts = f"{loader.epoch_sequences} sequences instead of {saved['epoch_sequences']}"
+        raise UserError(f"the training data has changed since the checkpoint: {counts}; restore it")
 
 
 def due(every: int, step: int, steps: int) -> bool:
@@ -1202,35 +961,12 @@ def evaluate_only(model, val_loader, config, runtime) -> None:
     runtime.close()
 
 
-def announce(model, how, steps, loader, micro_batch, config, runtime) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    epochs = steps * config.batch_tokens / config.seq_len / loader.epoch_sequences
-    if runtime.world > 1:
-        runtime.print(f"processes wait {config.timeout_minutes} minutes for each other, no longer")
-    runtime.print(
-        f"{parameters:,} parameters; {runtime.world} x {runtime.kind}, {runtime.dtype}, {how}\n"
-        f"{steps:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
-        f" {config.seq_len} at a time: {epochs:.2f} epochs"
-    )
-
-
-def finish(step: int, steps: int, stop: Stop, saver: Saver, runtime: Runtime) -> None:
-    """Leave a checkpoint, whatever ended the run. Raises UserError if that, or an error, did."""
-    saver.save(step)
-    problems = runtime.gather(saver.wait() or (str(stop.why) if stop.failed else ""))
-    if any(problems):
-        raise UserError(next(filter(None, problems)))
-    if step < steps:
-        runtime.print(f"stopped by {stop.why} after step {step}; the same with --resume goes on")
-    runtime.close()
-
-
 def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     config, given, why = read_settings(argv)
-    saved = None
+    folder, saved = Path(config.out_dir), None
     if config.resume:
-        saved, why = newest_checkpoint(Path(config.out_dir))
+        saved, why = checkpoint.newest(folder)
         config = resumed_settings(config, given, saved) if saved else config
     runtime = Runtime(config)
     runtime.print(f"preset {config.preset}: {why}")
@@ -1248,33 +984,54 @@ def main(argv: list[str] | None = None) -> None:
     how = compile_in_place(model, config, runtime)
     micro_batch = choose_micro_batch(config, model, runtime)
     steps = count_steps(config, loader.epoch_sequences, runtime.world)
-    folder = open_out_dir(config)
+    checkpoint.open_folder(folder, config.resume)
 
     # What trains it.
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
-    parts = dict(model=model, scaler=scaler) | optimizers
-    first, saved = restore(saved, parts, loader, steps, runtime) if saved else 0, None
+    header = checkpoint.describe_run(
+        dataclasses.asdict(config),
+        dataclasses.asdict(model.config),
+        loader.epoch_sequences,
+        runtime,
+    )
+    parts = dict(model=model, scaler=scaler, **optimizers)
+    saver = checkpoint.Saver(folder, parts, header, runtime)
+    first = 0
+    if saved:
+        first = saved["step"]
+        check_resumed(saved, steps, loader)
+        saver.restore(saved)
+        saved = None  # 1.5 GB
     if runtime.mean(first) != first:
-        raise UserError("processes found different checkpoints; they need one --out_dir together")
-    # Only the training step calls the wrapped network: parameters keep their names, and a sample
-    # needs no other process.
+        raise UserError("the ranks found different checkpoints; they need one --out_dir together")
+    records = checkpoint.Records(folder, first, header, runtime)
+    stop, stopped = checkpoint.Stop(), False
+    # Only the training step uses the DDP wrapper. So state_dict keys stay clean, and one rank can
+    # sample alone.
     ddp = model
-    if runtime.world > 1:  # gradients lie in the buckets that are exchanged: one copy of them
+    if runtime.world > 1:
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    # What it leaves behind.
-    header = describe_run(config, model, loader, runtime)
-    records, saver = Records(folder, first, header, runtime), Saver(folder, parts, header, runtime)
-    progress, stop = Progress(records, model, config, steps, runtime), Stop()
-    announce(model, how, steps, loader, micro_batch, config, runtime)
+    parameters = sum(p.numel() for p in model.parameters())
+    epochs = steps * config.batch_tokens / config.seq_len / loader.epoch_sequences
+    runtime.print(
+        f"{parameters:,} parameters; {runtime.world} x {runtime.kind}, {runtime.dtype}, {how}\n"
+        f"{steps:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
+        f" {config.seq_len} at a time: {epochs:.2f} epochs"
+    )
 
     def read(step):
         return loader.batch(step, config.batch_tokens, micro_batch, runtime)
 
     reader = ThreadPoolExecutor(1)  # reads the next batch while the GPU computes
     ahead = reader.submit(read, first)
+    flops = model.flops_per_token(config.seq_len)
+    peak = runtime.peak_flops()
+    shown = 0.0
     for step in range(first, steps + 1):  # `step` updates are done
+        if stopped:
+            break
         if step > first and due(config.checkpoint_every, step, steps):
             saver.save(step)
         if due(config.val_every, step, steps):
@@ -1287,19 +1044,48 @@ def main(argv: list[str] | None = None) -> None:
             break
         began = time.perf_counter()
         lr = learning_rate((step + 1) * config.batch_tokens, steps * config.batch_tokens, config)
-        with stop.on_error():
-            batch = ahead.result().to(runtime.device, non_blocking=True)
-            ahead = reader.submit(read, step + 1)
-        if stop.agreed(runtime):
-            break
-        loss, norm = train_step(model, ddp, optimizers, scaler, batch, lr, config, runtime)
+        batch = ahead.result().to(runtime.device, non_blocking=True)
+        ahead = reader.submit(read, step + 1)
+        loss, norm, stopped = train_step(
+            model, ddp, optimizers, scaler, batch, lr, stop.signal, config, runtime
+        )
         # A norm is not finite where float16 overflows: the scaler halves its scale, down to 1.
         if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
-            raise diverged(step, loss, norm, folder)
-        progress.step(
-            step, loss, lr, norm, config.batch_tokens, time.perf_counter() - began, saver.problem
+            last = checkpoint.files(folder)[-1:] or ["none"]
+            what = f"loss {loss} and gradient norm {norm} at step {step}"
+            hint = "try --resume --dtype float32, or --init_from it with a lower --learning_rate"
+            raise UserError(f"{what}; last good checkpoint: {last[0]}; {hint}")
+        now = time.perf_counter()
+        speed = config.batch_tokens / (now - began)
+        mfu = speed * flops / peak if peak else None
+        records.write(
+            "train",
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            step_ms=1000 * (now - began),
+            tokens_per_second=speed,
+            mfu=mfu,
         )
-    finish(step, steps, stop, saver, runtime)
+        if step == first:
+            first_done = now  # the first step may compile: it says nothing about the others
+        if now - shown > 1 or step == steps - 1:
+            shown = now
+            left = (steps - step - 1) * (now - first_done) / max(step - first, 1)
+            runtime.print(
+                f"step {step:5d}/{steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+                f" | {1000 * (now - began):.0f} ms | {speed:,.0f} tokens/s"
+                + (f" | mfu {mfu:.1%}" if mfu else "")
+                + (f" | eta {timedelta(seconds=round(left))}" if left else "")
+            )
+    saver.close(step)
+    if stopped:
+        by = stop.signal or "another rank"
+        runtime.print(
+            f"stopped by {by} after step {step}; run the same command with --resume to go on"
+        )
+    runtime.close()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ def test_bad_tokens_are_named_when_they_are_met(tmp_path):
     tokens[100] = 50257
     np.save(tmp_path / "b_train_0.npy", tokens)
     loader = DataLoaderLite([fineweb.open_shard(tmp_path / "b_train_0.npy")], T, None)
-    assert (loader.sequences(range(6)).numpy() == [tokens[i * T : (i + 1) * T + 1] for i in range(6)]).all()
+    assert (
+        loader.sequences(range(6)).numpy() == [tokens[i * T : (i + 1) * T + 1] for i in range(6)]
+    ).all()
     with pytest.raises(UserError, match="b_train_0.npy holds id 50257 at token 100,"):
         loader.sequence(6)
     np.save(tmp_path / "c_train_0.npy", some_tokens(20_000, 1))

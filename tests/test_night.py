@@ -15,7 +15,7 @@ import torch
 from helpers import SCRIPT, TINY, losses, make_shards, run
 from night import LONG, RUN, STEPS, copy, facts, quiet_run, recorded, start, wait_for
 
-import train_gpt2
+import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     taken = ["--max_steps", 165, "--micro_batch", 2, "--checkpoint_every", 1, "--keep_every", 2]
     taken = run(quiet, "--out_dir", "more", "--resume", *taken)
     assert taken.returncode == 0, taken.stderr
-    assert "going on from" in taken.stdout and len(losses(folder)) == 165
+    assert "resuming from" in taken.stdout and len(losses(folder)) == 165
     assert torch.load(max(folder.glob("*.pt")), weights_only=True)["settings"]["seq_len"] == 16
     kept = [int(path.stem.split("_")[1]) for path in sorted(folder.glob("*.pt"))]
     assert kept == [120, 160, 162, 164, 165], "the newest two, and every second one"
@@ -75,12 +75,12 @@ def test_damaged_checkpoints(quiet):
     for how in ("truncated", "empty", "flipped"):
         folder = copy(quiet, f"damaged_{how}")
         damage(folder / "checkpoint_0000160.pt", how)
-        content, told = train_gpt2.newest_checkpoint(folder)
-        assert content["step"] == 120 and "checkpoint_0000160.pt is no whole checkpoint" in told
+        content, told = checkpoint.newest(folder)
+        assert content["step"] == 120 and "checkpoint_0000160.pt is not a whole checkpoint" in told
     done = run(quiet, "--out_dir", folder.name, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "checkpoint_0000160.pt is no whole checkpoint" in done.stdout
-    assert "going on from" in done.stdout and "checkpoint_0000120.pt" in done.stdout
+    assert "checkpoint_0000160.pt is not a whole checkpoint" in done.stdout
+    assert "resuming from" in done.stdout and "checkpoint_0000120.pt" in done.stdout
     assert facts(folder) == facts(quiet / "quiet")
     for path in folder.glob("checkpoint_*.pt"):
         damage(path, "truncated")
@@ -126,7 +126,7 @@ def test_full_disk(quiet):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "checkpoint 240 NOT written" in done.stderr
-    assert "checkpoint 200 NOT written" in done.stdout, "it stays visible in the progress lines"
+    assert "checkpoint 200 NOT written" in done.stdout, "each failure is reported"
     assert len(losses(folder)) == 240
     assert (folder / "checkpoint_0000160.pt").read_bytes() == before
     assert not list(folder.glob("*.tmp"))
@@ -142,24 +142,6 @@ def test_folder_deleted_while_running(quiet):
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "deleted" in said, said
     assert torch.load(quiet / "gone" / "checkpoint_0000300.pt", weights_only=True)["step"] == 300
-
-
-def test_shard_damaged_while_running(quiet):
-    """A shard that is cut or removed meanwhile is named in one line; a checkpoint is there."""
-    for how in ("cut", "removed"):
-        folder, shards = quiet / how, make_shards(quiet / f"shards_{how}")
-        process = start(quiet, *LONG, "--data", shards.name, "--out_dir", how)
-        wait_for(recorded(folder, 5), process)
-        shard = shards / "x_train_000002.bin"
-        if how == "cut":
-            os.truncate(shard, 1200)
-        else:
-            shard.unlink()
-        said = process.communicate(timeout=60)[0]
-        assert process.returncode == 2 and "Traceback" not in said, said
-        assert str(shard.name) in said.splitlines()[-1]
-        content = torch.load(max(folder.glob("checkpoint_*.pt")), weights_only=True)
-        assert content["step"] == len(losses(folder))
 
 
 class Evil:

@@ -1,0 +1,261 @@
+"""What a run leaves behind in --out_dir, and how it continues after an interruption.
+
+    metrics.jsonl            one JSON object per line: first a header that says how to repeat the run,
+                             then records of kind train, val, hellaswag and sample
+    checkpoint_0000250.pt    everything after 250 steps, as plain data: weights, optimizer, settings
+
+`--resume` continues from the newest whole checkpoint. It may be in the command from the first start:
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 \\
+        --max-restarts=3 train_gpt2.py --resume
+
+The variable gives the ranks a new key-value store after a restart. Otherwise torchrun keeps the old
+one, with the addresses of dead ranks still in it.
+
+    what happens               what you find in the morning
+    a rank is killed           torchrun restarted all of them, from the last checkpoint
+    a rank hangs               the others gave up after 10 minutes, then as above
+    SIGTERM, SIGUSR1, Ctrl-C   the step was finished and a checkpoint written; run it again to go on
+    power cut, kill -9         run it again; a damaged checkpoint is named, and the one before is used
+    full disk                  training went on; each checkpoint that failed is named
+    loss or norm not finite    it stopped before that update; the last good checkpoint is named
+
+A resumed run repeats the losses, gradient norms and samples of an uninterrupted one: bit for bit on
+a CPU with the same number of ranks, to 1e-4 with another number. On a GPU some gradients are added
+atomically, in no fixed order, so any two runs differ in their last bits.
+
+Nothing that is loaded can run code: checkpoints hold plain data and are read with weights_only=True.
+torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1. After
+a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import fineweb
+from fineweb import UserError, first_line
+
+# --------------------------------------------------------------------------------------------------
+# 1. The folder and its records (ours)
+# --------------------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, resume: bool) -> None:
+    """Make --out_dir. Raises UserError if it cannot be written, or a run in it would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out_dir {folder} cannot be written: {error.strerror}") from None
+    if not resume and ((folder / "metrics.jsonl").exists() or files(folder)):
+        raise UserError(f"--out_dir {folder} already holds a run; add --resume, or name another")
+
+
+def describe_run(settings: dict, network: dict, epoch_sequences: int, runtime) -> dict:
+    """Everything needed to repeat this run: the header of metrics.jsonl and of checkpoints."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        answer = subprocess.run(git, check=False, capture_output=True, text=True)
+        revision = answer.stdout.strip() or None
+    except OSError:  # git is not installed
+        revision = None
+    return dict(
+        command=shlex.join(sys.argv),
+        settings=settings,
+        network=network,
+        epoch_sequences=epoch_sequences,  # a resumed run must find the same data
+        versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
+        device=dict(kind=runtime.kind, name=runtime.device_name(), processes=runtime.world),
+        dtype=str(runtime.dtype).removeprefix("torch."),
+        revision=revision,
+    )
+
+
+class Records:
+    """metrics.jsonl. Rank 0 writes it; on the other ranks nothing happens.
+
+    When a run resumes at `step`, the records from there on are dropped, so each step occurs once.
+    """
+
+    def __init__(self, folder: Path, step: int, header: dict, runtime):
+        self.file = None
+        self.unwritten = b""
+        if runtime.rank > 0:
+            return
+        path = folder / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a kill can cut the last one
+        kept = [line for line in whole if json.loads(line).get("step", -1) < step]
+        with fineweb.whole_file(path) as file:
+            file.write(b"".join(kept))
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self.size = path.stat().st_size
+        if not kept:
+            self.write("header", **header)
+
+    def write(self, kind: str, **values) -> None:
+        if self.file is None:
+            return
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None  # JSON has no infinity and no NaN
+        self.unwritten += json.dumps({"kind": kind, **values}).encode() + b"\n"
+        try:
+            if os.write(self.file, self.unwritten) < len(self.unwritten):
+                raise OSError("the disk is full")
+            self.size += len(self.unwritten)
+            self.unwritten = b""
+        except OSError:
+            os.ftruncate(self.file, self.size)  # drop the partial line; the next write repeats it
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Checkpoints (ours)
+# --------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("checkpoint_*.pt"))
+
+
+def read(path: Path) -> dict:
+    """Read what a Saver wrote. Raises UserError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not check the checksums
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"step", "network", "settings", "model"} - content.keys()
+        if missing:
+            raise ValueError(f"it has no {min(missing)}")
+        return content
+    except Exception as error:  # a damaged file can fail in many ways
+        what = f"{path} is not a whole checkpoint"
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from None
+
+
+def newest(folder: Path) -> tuple[dict | None, str]:
+    """Read the newest whole checkpoint in a folder -> its content, if there is one, and what to say.
+
+    Raises UserError if there are checkpoints and none is whole.
+    """
+    said = []
+    for path in reversed(files(folder)):
+        try:
+            return read(path), "\n".join([*said, f"resuming from {path}"])
+        except UserError as error:
+            said.append(f"{error}; trying the one before")
+    if said:
+        raise UserError(f"no checkpoint in {folder} is whole; start again in another --out_dir")
+    return None, f"no checkpoint in {folder} yet: starting from the beginning"
+
+
+def copy_to_cpu(value):
+    """Copy all tensors in nested dicts and lists to the CPU."""
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [copy_to_cpu(part) for part in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+class Saver:
+    """Writes checkpoints: everything that the run needs to continue as if nothing had happened.
+
+    Rank 0 copies the state, and a thread writes it: training waits only for the copy, or for the
+    previous write if it is not finished. A failed write is reported and does not stop the run.
+    `parts` are objects with state_dict() and load_state_dict(), by name; one of them is the model.
+    There are no random states to save: without dropout, training draws no random numbers. Data
+    order and samples have generators of their own, seeded by --seed and the step.
+    """
+
+    def __init__(self, folder: Path, parts: dict, header: dict, runtime):
+        self.folder = folder
+        self.parts = parts
+        self.header = header
+        self.runtime = runtime
+        self.saved = None  # the step of the newest checkpoint
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None
+        if runtime.rank == 0:
+            for partial in folder.glob("checkpoint_*.tmp"):  # a killed run left it
+                partial.unlink()
+
+    def restore(self, saved: dict) -> None:
+        """Put every part into the state of a checkpoint."""
+        for name, part in self.parts.items():
+            if saved.get(name):  # a scaler that is not in use has no state
+                part.load_state_dict(saved[name])
+        self.saved = saved["step"]
+
+    def save(self, step: int) -> None:
+        if self.runtime.rank > 0 or step == self.saved:
+            return
+        self.saved = step
+        self.wait()
+        content = copy_to_cpu({name: part.state_dict() for name, part in self.parts.items()})
+        weights = content["model"]
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: stored once
+        self.writing = self.thread.submit(self.write, {**self.header, **content, "step": step})
+
+    def write(self, content: dict) -> str:
+        """Write a checkpoint and delete old ones -> what went wrong, or ""."""
+        try:
+            if not self.folder.is_dir():
+                print(f"{self.folder} was deleted, and metrics.jsonl with it", flush=True)
+                self.folder.mkdir(parents=True)
+            with fineweb.whole_file(self.folder / f"checkpoint_{content['step']:07d}.pt") as file:
+                torch.save(content, file)
+            keep_every = self.header["settings"]["keep_every"]
+            for old in files(self.folder)[:-2]:
+                if not keep_every or int(old.stem.split("_")[1]) % keep_every:
+                    old.unlink()
+            return ""
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+            reason = getattr(error, "strerror", None) or first_line(error)
+            failure = f"checkpoint {content['step']} NOT written: {reason}"
+            print(failure, flush=True)
+            return failure
+
+    def wait(self) -> str:
+        """Wait for the current write -> what went wrong, or ""."""
+        return self.writing.result() if self.writing else ""
+
+    def close(self, step: int) -> None:
+        """Write a last checkpoint. Raises UserError if it cannot be written."""
+        self.save(step)
+        failure = self.wait()
+        if failure:
+            raise UserError(failure)
+
+
+class Stop:
+    """A request to stop early: SIGTERM, Ctrl-C, or SIGUSR1, which clusters send before a time limit.
+
+    The current step is finished first; a second Ctrl-C stops at once.
+    """
+
+    def __init__(self):
+        self.signal = ""  # the name of the signal that came, if one did
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.on_signal)
+
+    def on_signal(self, number, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
