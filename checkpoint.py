@@ -29,6 +29,7 @@ torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,S
 a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -38,13 +39,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 import fineweb
+import machine
 from fineweb import UserError, first_line
 
 # --------------------------------------------------------------------------------------------------
@@ -63,7 +67,7 @@ def open_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"--out_dir {folder} already holds a run; add --resume, or name another")
 
 
-def describe_run(settings: dict, network: dict, epoch_sequences: int, runtime) -> dict:
+def describe_run(config, model, micro_batch: int, loader, runtime) -> dict:
     """Everything needed to repeat this run: the header of metrics.jsonl and of checkpoints."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -71,13 +75,15 @@ def describe_run(settings: dict, network: dict, epoch_sequences: int, runtime) -
         revision = answer.stdout.strip() or None
     except OSError:  # git is not installed
         revision = None
+    name = machine.device_name(runtime.device)
     return dict(
         command=shlex.join(sys.argv),
-        settings=settings,
-        network=network,
-        epoch_sequences=epoch_sequences,  # a resumed run must find the same data
+        settings=dataclasses.asdict(config),
+        network=dataclasses.asdict(model.config),
+        micro_batch=micro_batch,
+        epoch_sequences=loader.epoch_sequences,  # a resumed run must find the same data
         versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
-        device=dict(kind=runtime.kind, name=runtime.device_name(), processes=runtime.world),
+        device=dict(kind=runtime.device_type, name=name, processes=runtime.world),
         dtype=str(runtime.dtype).removeprefix("torch."),
         revision=revision,
     )
@@ -86,24 +92,65 @@ def describe_run(settings: dict, network: dict, epoch_sequences: int, runtime) -
 class Records:
     """metrics.jsonl. Rank 0 writes it; on the other ranks nothing happens.
 
-    When a run resumes at `step`, the records from there on are dropped, so each step occurs once.
+    When a run resumes at step `first`, the records from there on are dropped, so each step occurs
+    once. Settings that the command line has changed are recorded and printed.
     """
 
-    def __init__(self, folder: Path, step: int, header: dict, runtime):
+    def __init__(self, first: int, steps: int, header: dict, model, runtime):
+        self.steps = steps
+        self.runtime = runtime
+        settings = header["settings"]
+        self.tokens = settings["batch_tokens"]
+        self.flops = self.tokens * model.flops_per_token(settings["seq_len"])
+        self.peak = machine.peak_flops(runtime.device)
+        self.began = None
+        self.shown = 0.0
+        count = sum(p.numel() for p in model.parameters())
+        runtime.print(
+            f"{count:,} parameters on {runtime.world} x {runtime.device_type} in {header['dtype']};"
+            f" {steps:,} steps of {self.tokens:,} tokens, {header['micro_batch']} sequences of"
+            f" {settings['seq_len']} at a time"
+        )
         self.file = None
         self.unwritten = b""
         if runtime.rank > 0:
             return
-        path = folder / "metrics.jsonl"
+        path = Path(settings["out_dir"]) / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # a kill can cut the last one
-        kept = [line for line in whole if json.loads(line).get("step", -1) < step]
+        kept = [line for line in whole if json.loads(line).get("step", -1) < first]
         with fineweb.whole_file(path) as file:
             file.write(b"".join(kept))
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self.size = path.stat().st_size
         if not kept:
             self.write("header", **header)
+            return
+        before = json.loads(kept[0])["settings"]
+        changed = {key: value for key, value in settings.items() if before.get(key) != value}
+        changed = {key: changed[key] for key in changed if key not in ("out_dir", "resume")}
+        if changed:
+            runtime.print(f"changed on --resume: {changed}")
+            self.write("resume", step=first, **changed)
+
+    def train(self, step: int, seconds: float, **values) -> None:
+        """Record a training step; print about one per second, with an ETA."""
+        now = time.perf_counter()
+        speed = self.tokens / seconds
+        mfu = self.flops / seconds / self.runtime.world / self.peak if self.peak else None
+        timing = dict(step_ms=1000 * seconds, tokens_per_second=speed, mfu=mfu)
+        self.write("train", step=step, **values, **timing)
+        if self.began is None:  # the first step may compile, and says nothing about the others
+            self.began = now
+            self.first = step
+        if now - self.shown > 1 or step == self.steps - 1:
+            self.shown = now
+            left = (self.steps - step - 1) * (now - self.began) / max(step - self.first, 1)
+            line = f"step {step:5d}/{self.steps} | loss {values['loss']:.4f}"
+            line += f" | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f}"
+            line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
+            line += f" | mfu {mfu:.1%}" if mfu else ""
+            self.runtime.print(f"{line} | eta {timedelta(seconds=round(left))}")
 
     def write(self, kind: str, **values) -> None:
         if self.file is None:
@@ -131,6 +178,14 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint_*.pt"))
 
 
+def find(source: str) -> Path | None:
+    """The checkpoint that `source` names: a file, or the newest one in a folder."""
+    path = Path(source)
+    if path.is_dir():
+        return files(path)[-1] if files(path) else None
+    return path if path.is_file() else None
+
+
 def read(path: Path) -> dict:
     """Read what a Saver wrote. Raises UserError for anything else."""
     try:
@@ -148,20 +203,24 @@ def read(path: Path) -> dict:
         raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from None
 
 
-def newest(folder: Path) -> tuple[dict | None, str]:
-    """Read the newest whole checkpoint in a folder -> its content, if there is one, and what to say.
+def newest(folder: Path) -> dict | None:
+    """Read the newest whole checkpoint in a folder; None if the folder has no checkpoint.
 
     Raises UserError if there are checkpoints and none is whole.
     """
-    said = []
-    for path in reversed(files(folder)):
+    say = print if os.getenv("RANK", "0") == "0" else lambda *_, **__: None
+    paths = files(folder)
+    for path in reversed(paths):
         try:
-            return read(path), "\n".join([*said, f"resuming from {path}"])
+            content = read(path)
+            say(f"resuming from {path}", flush=True)
+            return content
         except UserError as error:
-            said.append(f"{error}; trying the one before")
-    if said:
+            say(f"{error}; trying the one before", flush=True)
+    if paths:
         raise UserError(f"no checkpoint in {folder} is whole; start again in another --out_dir")
-    return None, f"no checkpoint in {folder} yet: starting from the beginning"
+    say(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
+    return None
 
 
 def copy_to_cpu(value):
@@ -183,24 +242,40 @@ class Saver:
     order and samples have generators of their own, seeded by --seed and the step.
     """
 
-    def __init__(self, folder: Path, parts: dict, header: dict, runtime):
-        self.folder = folder
+    def __init__(self, parts: dict, header: dict, runtime):
         self.parts = parts
         self.header = header
         self.runtime = runtime
-        self.saved = None  # the step of the newest checkpoint
+        self.folder = Path(header["settings"]["out_dir"])
+        self.saved = 0  # the step of the newest checkpoint
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
+        open_folder(self.folder, header["settings"]["resume"])
         if runtime.rank == 0:
-            for partial in folder.glob("checkpoint_*.tmp"):  # a killed run left it
+            for partial in self.folder.glob("checkpoint_*.tmp"):  # a killed run left it
                 partial.unlink()
 
-    def restore(self, saved: dict) -> None:
-        """Put every part into the state of a checkpoint."""
-        for name, part in self.parts.items():
-            if saved.get(name):  # a scaler that is not in use has no state
-                part.load_state_dict(saved[name])
-        self.saved = saved["step"]
+    def restore(self, saved: dict | None, steps: int) -> int:
+        """Put every part into the state of a checkpoint -> its step; 0 without a checkpoint.
+
+        Raises UserError if the checkpoint does not fit this run.
+        """
+        if saved:
+            found, expected = self.header["epoch_sequences"], saved["epoch_sequences"]
+            if found != expected:
+                counts = f"{found} sequences instead of {expected}"
+                raise UserError(f"the training data has changed since the checkpoint: {counts}")
+            if saved["step"] > steps:
+                raise UserError(
+                    f"the checkpoint is of step {saved['step']}, the run ends at {steps}"
+                )
+            for name, part in self.parts.items():
+                if saved[name]:  # a scaler that is not in use has no state
+                    part.load_state_dict(saved[name])
+            self.saved = saved["step"]
+        if self.runtime.sum(self.saved) != [self.saved * self.runtime.world]:
+            raise UserError("the ranks found different checkpoints; they must share one --out_dir")
+        return self.saved
 
     def save(self, step: int) -> None:
         if self.runtime.rank > 0 or step == self.saved:
@@ -235,6 +310,12 @@ class Saver:
         """Wait for the current write -> what went wrong, or ""."""
         return self.writing.result() if self.writing else ""
 
+    def diverged(self, step: int, loss: float, norm: float) -> UserError:
+        last = (files(self.folder) or ["none"])[-1]
+        what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last}"
+        hint = "try --resume --dtype float32, or --init_from it with a lower --learning_rate"
+        return UserError(f"{what}; {hint}")
+
     def close(self, step: int) -> None:
         """Write a last checkpoint. Raises UserError if it cannot be written."""
         self.save(step)
@@ -250,10 +331,16 @@ class Stop:
     """
 
     def __init__(self):
-        self.signal = ""  # the name of the signal that came, if one did
+        self.signal = ""
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # Windows has no SIGUSR1
                 signal.signal(getattr(signal, name), self.on_signal)
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+    def __str__(self) -> str:
+        return self.signal or "another rank"
 
     def on_signal(self, number, frame) -> None:
         if self.signal and number == signal.SIGINT:

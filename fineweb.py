@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -81,6 +82,24 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all flags)")
+
+
+def parse_flags(config_class: type, description: str, argv: list[str] | None) -> dict:
+    """Make a flag of each field of a dataclass -> those that the command line gives, by name.
+
+    A field's metadata has the flag's help and its choices. Raises UserError for bad flags.
+    """
+    parser = OneLineParser(description=description.partition("\n")[0], allow_abbrev=False)
+    for field in dataclasses.fields(config_class):
+        options = dict(help=field.metadata["help"], default=argparse.SUPPRESS)
+        if field.type in (bool, bool | None):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = field.type
+            options["choices"] = field.metadata["choices"].split() or None
+            options["help"] += f" (default: {field.default})" if field.default else ""
+        parser.add_argument(f"--{field.name}", **options)
+    return vars(parser.parse_args(argv))
 
 
 def run_command(name: str, main: Callable[[], None]) -> None:
@@ -280,6 +299,32 @@ def list_shards(folder: Path | str, split: str) -> list[Path]:
     """
     files = [path for path in Path(folder).glob("*") if path.suffix in (".npy", ".bin")]
     return sorted(path for path in files if split in path.stem.split("_"))
+
+
+def open_data(path: str, say=print) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Open a folder of shards, or a text -> training and validation shards, (N,) uint16 each.
+
+    The last tenth of a text is for validation. Raises UserError for unusable data.
+    """
+    if Path(path).is_dir():
+        train, val = list_shards(path, "train"), list_shards(path, "val")
+        if not train or not val:
+            what = f"no shard has {'val' if train else 'train'} in its name"
+            raise UserError(f"--data {path}: {what}; python fineweb.py --help says how to make it")
+        manifest = read_manifest(path)
+        if manifest and not manifest["complete"]:
+            say(f"warning: {path} is incomplete; run its fineweb.py command again")
+        return [open_shard(p) for p in train], [open_shard(p) for p in val]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        hint = "python fineweb.py makes edu_fineweb10B; --preset demo needs only input.txt"
+        raise UserError(f"--data {path} does not exist; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path} is not a UTF-8 text: {error}") from None
+    cut = int(0.9 * len(text))
+    encode = gpt2_tokenizer().encode_ordinary
+    return [np.array(encode(text[:cut]), np.uint16)], [np.array(encode(text[cut:]), np.uint16)]
 
 
 # --------------------------------------------------------------------------------------------------

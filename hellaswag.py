@@ -341,7 +341,8 @@ def log_probabilities(model, batch: list[Example], runtime) -> list[list[float]]
             # The context's last token predicts an ending's first, that the second, and so on.
             x = first[owners]  # (B, 1, C) -> (R, 1, C)
             if E > 1:
-                past = cache.select(owners)  # (B, H, S, D) -> (R, H, S, D)
+                past = model.new_cache()
+                past.layers = {i: (k[owners], v[owners]) for i, (k, v) in cache.layers.items()}
                 x = torch.cat([x, model.hidden(tokens[:, :-1].clamp(min=0), past)], 1)  # (R, E, C)
             real = tokens != PADDING
             hidden.append(x[real])  # (R, E, C) -> (n, C)
@@ -412,9 +413,8 @@ def run(args: argparse.Namespace) -> None:
 
     config = train_gpt2.TrainConfig(device=args.device, dtype="float32")
     runtime = train_gpt2.Runtime(config)
-    train_gpt2.keep_freed_memory()
     examples = load_examples(args.data, args.split, runtime, args.harness)[: args.limit]
-    model = train_gpt2.load_network(args.model).to(runtime.device)
+    model = train_gpt2.load_model(args.model).to(runtime.device)
     for example in examples[: args.show]:
         runtime.print(describe(model, example, runtime))
     scores = evaluate(model, examples, runtime, args.batch_size, progress=True)

@@ -1,0 +1,200 @@
+"""What a machine can do: its best precision, its peak speed, its compiler, and what fits its memory.
+
+train_gpt2.py asks these questions; the lecture has one machine and knows the answers.
+"""
+
+import ctypes
+import os
+import platform
+import re
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from fineweb import UserError, first_line
+
+# Dense bfloat16 TFLOP/s (float16 for V100 and T4) from the vendors' data sheets; the first entry
+# that is in the device's name counts.
+PEAK_TFLOPS = {
+    "GB200": 2500,
+    "B200": 2250,
+    "GH200": 989,
+    "H200 NVL": 835,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H20": 148,
+    "A100": 312,
+    "A40": 149.7,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 6000 Ada": 364,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71,
+    "V100": 125,
+    "T4": 65,
+}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this process, by --device. Raises UserError if it cannot be used."""
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if name == "cuda":  # torchrun starts one process per GPU and numbers them
+            device = torch.device("cuda", int(os.getenv("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+        return device
+    except Exception as error:  # torch raises many types here
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """A device's operations per second by its data sheet; None if it is not in PEAK_TFLOPS."""
+    for name, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b", device_name(device)):
+            return 1e12 * tflops
+    return None
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype for matrix products that trains well."""
+    if device.type == "cuda":  # tensor cores know bfloat16 from Ampere (8.0) on
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def can_compile(wanted: bool | None, runtime) -> bool:
+    """Whether to use torch.compile: --compile, or whether it finds Triton or a C++ compiler."""
+    if wanted is False or (wanted is None and runtime.device_type == "mps"):
+        return False
+    try:  # to compile something small is the only sure sign
+        torch.compile(torch.sin)(torch.zeros(8, device=runtime.device))
+        return True
+    except Exception:  # each part of the compiler fails with its own type
+        runtime.print("no working compiler for torch.compile: training runs eagerly, and slower")
+        return False
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc, if it is the C library here, to keep large freed buffers -> whether it is.
+
+    By default it returns them to the kernel, and every step pays for new pages (runs/bench-cpu).
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+    glibc = platform.libc_ver()[0] == "glibc"
+    if glibc:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        accepted = mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        if not accepted:
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc accepts
+    return glibc
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------
+#
+# What a training step needs on a GPU. For GPT-2 (124M) with a micro-batch of 64 x 1024 tokens,
+# compiled, in bfloat16:
+#
+#   parameters    18 bytes each: weight 4, gradient 4, AdamW's two averages 8, and
+#                 autocast's copy in bfloat16 2                                        2.2 GB
+#   activations   36 C bytes per token and layer, for backward: the inputs of the two
+#                 LayerNorms in float32 (8), and 14 C numbers in bfloat16 (28): what
+#                 the LayerNorms give 2, q, k and v 3, attention's output 1, the MLP's
+#                 hidden layer before and after GELU 8. One layer more stands for the
+#                 last LayerNorm and for what backward holds while it works           23.6 GB
+#   logits        2 bytes each: the compiler fuses the softmax and writes the
+#                 gradient over the logits. Run eagerly, cross_entropy holds them
+#                 three times in float32, 12 bytes, and the total is 65 GB              6.6 GB
+#                                                                            together 32.4 GB
+#
+# tests/test_memory.py holds this against a simulation of every allocation, and tools/roofline.py
+# against the code that the compiler writes for a GPU, where the step above takes 31.0 GB.
+
+
+def step_bytes(model, tokens: int, compiled: bool, dtype: torch.dtype, world: int = 1) -> int:
+    """The peak memory of training `model` with micro-batches of so many tokens, in bytes."""
+    c = model.config
+    size = 4 if dtype == torch.float32 else 2  # of an activation
+    per_parameter = 16 if dtype == torch.float32 else 18
+    if world > 1:
+        per_parameter += 4  # DDP's buckets, next to the gradients of the first step
+    activations = (c.n_layer + 1) * (2 * 4 + 14 * size) * c.n_embd
+    logits = (size if compiled else 3 * 4) * c.vocab_size
+    if compiled and c.vocab_size % 8:
+        logits *= 2  # the compiler pads a ragged matrix, in a copy
+    parameters = sum(p.numel() for p in model.parameters())
+    return per_parameter * parameters + tokens * (activations + logits)
+
+
+def choose_micro_batch(config, model, compiled: bool, runtime) -> int:
+    """--micro_batch, or as many sequences as fit into a GPU's free memory, up to 65,536 tokens.
+
+    Raises UserError, naming a batch that works, if the batch cannot be divided so.
+    """
+    unit = (config.micro_batch or 1) * config.seq_len * runtime.world
+    if config.batch_tokens % unit:
+        works = max(1, round(config.batch_tokens / unit)) * unit
+        factor = "micro_batch * " if config.micro_batch else ""
+        what = f"--batch_tokens {config.batch_tokens} is not a multiple of {factor}"
+        raise UserError(f"{what}seq_len * ranks = {unit}; try {works}")
+    if config.micro_batch:
+        return config.micro_batch
+    share = config.batch_tokens // unit  # the sequences of a rank
+    sizes = [n for n in range(1, share + 1) if share % n == 0]
+    if runtime.device_type != "cuda":  # larger is not faster there
+        return max(n for n in sizes if n == 1 or n * config.seq_len <= 8192)
+    free = 0.9 * torch.cuda.mem_get_info(runtime.device)[0]  # a tenth for CUDA and fragments
+    best = 1
+    for n in sizes:
+        tokens = n * config.seq_len
+        need = step_bytes(model, tokens, compiled, runtime.dtype, runtime.world)
+        if tokens <= 65536 and need <= free:
+            best = n
+    smallest = torch.tensor(best, device=runtime.device)
+    if runtime.world > 1:  # all ranks take the smallest
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, its compiler, cuBLAS or Triton ran out of memory: each has its own type."""
+    words = r"out ?of ?memory|ALLOC_FAILED|can't allocate memory"
+    return bool(re.search(words, f"{type(error).__name__}: {error}", re.IGNORECASE))
+
+
+@contextmanager
+def one_line_if_out_of_memory(micro_batch: int):
+    """Turn any out-of-memory error into a UserError that names the next smaller micro-batch."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = [n for n in range(1, micro_batch) if micro_batch % n == 0]
+        hint = f"try --micro_batch {smaller[-1]}" if smaller else "try a smaller --seq_len"
+        raise UserError(f"out of memory with --micro_batch {micro_batch}; {hint}") from None
