@@ -1,10 +1,10 @@
 """What a run leaves behind in --out_dir, and how it continues after an interruption.
 
-    metrics.jsonl            one JSON object per line: first a header that says how to repeat the run,
+    metrics.jsonl            one JSON object per line: a header, which says how to repeat the run,
                              then records of kind train, val, hellaswag and sample
     checkpoint_0000250.pt    everything after 250 steps, as plain data: weights, optimizer, settings
 
-`--resume` continues from the newest whole checkpoint. It may be in the command from the first start:
+`--resume` continues from the newest whole checkpoint. It can be there from the first start:
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 \\
         --max-restarts=3 train_gpt2.py --resume
@@ -16,7 +16,7 @@ one, with the addresses of dead ranks still in it.
     a rank is killed           torchrun restarted all of them, from the last checkpoint
     a rank hangs               the others gave up after 10 minutes, then as above
     SIGTERM, SIGUSR1, Ctrl-C   the step was finished and a checkpoint written; run it again to go on
-    power cut, kill -9         run it again; a damaged checkpoint is named, and the one before is used
+    power cut, kill -9         run it again; it skips a damaged checkpoint, and says so
     full disk                  training went on; each checkpoint that failed is named
     loss or norm not finite    it stopped before that update; the last good checkpoint is named
 
@@ -24,9 +24,9 @@ A resumed run repeats the losses, gradient norms and samples of an uninterrupted
 a CPU with the same number of ranks, to 1e-4 with another number. On a GPU some gradients are added
 atomically, in no fixed order, so any two runs differ in their last bits.
 
-Nothing that is loaded can run code: checkpoints hold plain data and are read with weights_only=True.
-torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1. After
-a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
+Nothing that is loaded can run code: checkpoints are plain data, read with weights_only=True.
+torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
+After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
 """
 
 import dataclasses
@@ -325,7 +325,7 @@ class Saver:
 
 
 class Stop:
-    """A request to stop early: SIGTERM, Ctrl-C, or SIGUSR1, which clusters send before a time limit.
+    """A request to stop early: SIGTERM, Ctrl-C, or SIGUSR1 (a cluster's warning of its time limit).
 
     The current step is finished first; a second Ctrl-C stops at once.
     """

@@ -1,4 +1,4 @@
-"""What a machine can do: its best precision, its peak speed, its compiler, and what fits its memory.
+"""What a machine can do: its best precision, peak speed and compiler, and what fits its memory.
 
 train_gpt2.py asks these questions; the lecture has one machine and knows the answers.
 """
@@ -55,6 +55,8 @@ def find_device(name: str) -> torch.device:
         if name == "cuda":  # torchrun starts one process per GPU and numbers them
             device = torch.device("cuda", int(os.getenv("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
+        if device.type == "cpu":
+            keep_freed_memory()
         torch.zeros(1, device=device)
         return device
     except Exception as error:  # torch raises many types here
@@ -75,8 +77,10 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
-def best_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype for matrix products that trains well."""
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: --dtype, or the fastest here that trains well."""
+    if name != "auto":
+        return getattr(torch, name)
     if device.type == "cuda":  # tensor cores know bfloat16 from Ampere (8.0) on
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if ampere else torch.float16

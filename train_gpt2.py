@@ -61,8 +61,8 @@ from fineweb import UserError, first_line
 # has. Both read a normalized copy of the stream (LayerNorm comes before them) and only ever add to
 # the stream itself, so the gradient of the loss flows back to the embeddings undisturbed.
 #
-# Where the 124M parameters are: a block has 12 C^2 in its matrices (attention 3 + 1, the MLP 4 + 4),
-# so 12 blocks of 768 channels have 84.9M; the token embeddings have 50,257 C = 38.6M, the positions
+# Where the 124M parameters are: a block's matrices have 12 C^2 (attention 3 + 1, the MLP 4 + 4), so
+# 12 blocks of 768 channels have 84.9M; the token embeddings have 50,257 C = 38.6M, the positions
 # 1,024 C = 0.8M, biases and LayerNorms 0.1M. Together 124,439,808.
 
 
@@ -93,7 +93,7 @@ class KVCache:
         return self.layers[0][0].size(2) if self.layers else 0  # S
 
     def update(self, layer: int, k, v):
-        """Append the keys and values of T tokens, (B, H, T, D) each, and return all of the layer's."""
+        """Append the keys and values of T tokens, (B, H, T, D) each -> all of the layer's."""
         if layer in self.layers:
             past_k, past_v = self.layers[layer]
             k = torch.cat([past_k, k], dim=2)  # (B, H, S, D) and (B, H, T, D) -> (B, H, S + T, D)
@@ -194,7 +194,7 @@ class GPT(nn.Module):
         of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C), which keeps
                                                          the size of a product: 0.036 to 0.025
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add to the
-                                                         residual stream; its variance should not grow
+                                                         stream, and its variance should not grow
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
         Biases are 0, and LayerNorm starts as the identity. With torch's own embeddings, of standard
         deviation 1, the first loss was 434.6 instead of about 11.
@@ -207,8 +207,8 @@ class GPT(nn.Module):
                     module.bias.zero_()
 
     def hidden(self, tokens, cache=None):
-        """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits. With a
-        cache, `tokens` continue the sequences in it."""
+        """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits.
+        With a cache, `tokens` continue the sequences in it."""
         seen = 0 if cache is None else cache.length
         positions = torch.arange(seen, seen + tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
@@ -265,8 +265,6 @@ class GPT(nn.Module):
         same += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
         odd = [name for name in same if getattr(c, name) != getattr(plain, name)]
         odd += sorted(info["missing_keys"])  # transformers has drawn these weights at random
-        if c.vocab_size < fineweb.VOCAB_SIZE:
-            odd.append("vocab_size")
         if odd:
             raise UserError(f"{name_or_folder} is not a plain GPT-2: look at its {odd[0]}")
         model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
@@ -346,7 +344,6 @@ class TrainConfig:
     resume: bool = setting(False, "continue from the newest checkpoint in --out_dir")
     eval_only: bool = setting(False, "only print validation loss and samples of --init_from")
     prompt: str = setting("Hello, I'm a language model,", "text that samples continue")  # lecture
-
     seed: int = setting(1337, "random seed for weights, data order and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first that works")
     dtype: str = setting(
@@ -402,6 +399,7 @@ PRESETS = {
     | dict(learning_rate=4e-3, warmup_tokens=77_000, compile=False, prompt="First Citizen:\n")
     | dict(sample_every=500, hellaswag_every=0, checkpoint_every=0),
 }
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WITHOUT_PRESET = " (by default gpt2 if python fineweb.py has made edu_fineweb10B, else demo)"
 # What no flag can change in what was loaded: the model's shape; in a run to resume, also its data.
 FIXED = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens", "seed", "optimizer")
@@ -454,14 +452,10 @@ class Runtime:
         self.world = int(os.getenv("WORLD_SIZE", "1"))
         self.device = machine.find_device(config.device)
         self.device_type = self.device.type
-        self.dtype = machine.best_dtype(self.device)
-        if config.dtype != "auto":
-            self.dtype = getattr(torch, config.dtype)
+        self.dtype = machine.choose_dtype(config.dtype, self.device)
         self.double = torch.float32 if self.device_type == "mps" else torch.float64  # mps has none
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
-        if self.device_type == "cpu":
-            machine.keep_freed_memory()
         if self.world > 1 and self.device_type == "cuda":
             dist.init_process_group("nccl", device_id=self.device)
         elif self.world > 1:
@@ -506,10 +500,10 @@ class Runtime:
 # --------------------------------------------------------------------------------------------------
 # 5. The data (0:45:50 batches; 1:02:00 data loader lite; 3:10:21 FineWeb-Edu)
 # --------------------------------------------------------------------------------------------------
-# fineweb.py writes tokens into shards of 10^8. Cut into sequences of T = 1024 and one token more, as
-# each token's target is the next one, a shard has (10^8 - 1) // 1024 = 97,656 of them, and the 99
-# training shards, the last being shorter, 9,623,011. Steps of 512 make 18,794 of an epoch. (The
-# lecture's 19,073 steps are 10^10 / 2^19, and start the epoch over near the end.)
+# fineweb.py writes shards of 10^8 tokens. A sequence is T = 1024 tokens and one more, since each
+# token's target is the next one. So a shard has (10^8 - 1) // 1024 = 97,656 sequences; the 99
+# training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512. (The lecture's
+# 19,073 steps are 10^10 / 2^19: it starts the data over near the end.)
 
 
 @functools.lru_cache(maxsize=8)  # of a shard's permutation, 512 sequences a step are used
@@ -639,8 +633,8 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # passes add up the gradient of a + b + c + d. Hence each loss is divided by the number of
 # micro-steps. With several ranks, each does this for its share, and DDP averages their gradients.
 #
-# The micro-batch is what fits into the memory: machine.py works that out. GPT-2 (124M) needs 32 GB
-# for 64 x 1024 tokens: 2.2 for parameters, gradients and AdamW, 23.6 for activations, 6.6 for logits.
+# The micro-batch is what fits into the memory. For GPT-2 (124M) and 64 x 1024 tokens that is 32 GB:
+# weights, gradients and AdamW 2.2, activations 23.6, logits 6.6 (machine.py has the arithmetic).
 
 
 def train_step(model, ddp, optimizers, scaler, batch, lr, stop, config, runtime):
@@ -747,11 +741,17 @@ def show_hellaswag(step, model, examples, records, runtime) -> None:
 def load_model(source: str) -> GPT:
     """Load a checkpoint, an --out_dir's newest one, a transformers folder, or a published model."""
     path = checkpoint.find(source)
-    if path is None:
-        return GPT.from_pretrained(source)
-    content = checkpoint.read(path)
-    model = GPT(GPTConfig(**content["network"]))
-    model.load_state_dict(content["model"])
+    if path:
+        content = checkpoint.read(path)
+        model = GPT(GPTConfig(**content["network"]))
+        model.load_state_dict(content["model"])
+        return model
+    if not Path(source, "config.json").is_file() and source not in PUBLISHED:
+        what = f"--init_from {source} is not a checkpoint, a folder with one, a transformers folder"
+        raise UserError(f"{what}, or one of {', '.join(PUBLISHED)}")
+    model = GPT.from_pretrained(source)
+    if model.config.vocab_size < fineweb.VOCAB_SIZE:
+        raise UserError(f"--init_from {source} does not have all of GPT-2's tokens")
     return model
 
 
@@ -778,8 +778,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # The data and the model.
     train_shards, val_shards = fineweb.open_data(config.data, runtime.print)
-    loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
     val_loader = DataLoaderLite(val_shards, config.seq_len, None, config.data)
+    loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
     if model is None:
         torch.manual_seed(config.seed)
         shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)

@@ -29,7 +29,8 @@ from helpers import (
 
 import fineweb
 import train_gpt2
-from train_gpt2 import PRESETS, TrainConfig
+from fineweb import UserError
+from train_gpt2 import PRESETS, TrainConfig, make_config
 
 FLAGS = shlex.split("""
 --preset --data --out_dir --init_from --eval_only --prompt --seed --device --dtype
@@ -57,6 +58,10 @@ def folder(tmp_path_factory):
     finetuned = [*flags, "--init_from", "trained", "--max_steps", 1]
     run_all(folder, {"finetuned": dict(flags=finetuned)})
     return folder
+
+
+def settings(*argv) -> TrainConfig:
+    return make_config(fineweb.parse_flags(TrainConfig, "", list(argv)), {})
 
 
 @pytest.fixture
@@ -103,28 +108,51 @@ def test_flags_and_presets(command):
     assert list(PRESETS) == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3", "demo"]
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for name, row in PRESETS.items():
-        config, given, _ = train_gpt2.read_settings(["--preset", name, "--seed", "7"])
+        config = settings("--preset", name, "--seed", "7")
         assert (config.preset, config.seed) == (name, 7)
-        assert {"preset", "seed"} <= given
         for key, value in row.items():
             assert getattr(config, key) == value and key in defaults
         where = "input.txt" if name == "demo" else "edu_fineweb10B"
         assert config.data == str(ROOT / where)
-    # The issue's numbers for gpt2 are the defaults, and --help says them.
-    gpt2 = dict(n_layer=12, n_head=12, n_embd=768, seq_len=1024, batch_tokens=524288)
-    gpt2 |= dict(learning_rate=6e-4, warmup_tokens=375_000_000, weight_decay=0.1, grad_clip=1.0)
-    gpt2 |= dict(min_lr_ratio=0.1, epochs=1.0)
-    config, _, _ = train_gpt2.read_settings(["--preset", "gpt2"])
+    # The lecture's numbers are the defaults, and --help says them.
+    gpt2 = dict(
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        seq_len=1024,
+        batch_tokens=524288,
+        learning_rate=6e-4,
+        warmup_tokens=375_000_000,
+        weight_decay=0.1,
+        grad_clip=1.0,
+        min_lr_ratio=0.1,
+        epochs=1.0,
+    )
+    config = settings("--preset", "gpt2")
+    flat = " ".join(done.out.split())
     for key, value in gpt2.items():
         assert getattr(config, key) == defaults[key] == value
-        if value:
-            flat = " ".join(done.out.split())
-            assert re.search(rf"--{key} \S+ [^-]*\(gpt2: {re.escape(str(value))}\)", flat), key
-    config, given, _ = train_gpt2.read_settings(
-        shlex.split("--preset gpt3 --n_layer 2 --n_embd 48 --micro_batch auto --compile")
-    )
+        assert re.search(rf"--{key} \S+ [^-]*\(default: {re.escape(str(value))}\)", flat), key
+    config = settings(*shlex.split("--preset gpt3 --n_layer 2 --n_embd 48 --compile"))
     assert (config.n_layer, config.n_head, config.seq_len) == (2, 12, 2048)
     assert config.micro_batch == 0 and config.compile is True
+
+
+def test_one_rule_for_settings():
+    """A flag wins over what was loaded, that over the preset, and that over the default."""
+    loaded = dict(preset="demo", learning_rate=0.5, seed=9, n_layer=4, gone_since=1)
+    config = make_config(dict(learning_rate=0.25), loaded)
+    assert (config.learning_rate, config.seed) == (0.25, 9)  # flag, checkpoint
+    assert (config.max_steps, config.weight_decay) == (1000, 0.1)  # preset, default
+    with pytest.raises(UserError, match="--seed 8: .* 9"):
+        make_config(dict(seed=8), loaded)
+    # A model alone fixes only its shape; it may be trained on shorter sequences.
+    model = dict(n_layer=2, n_head=2, n_embd=8, seq_len=64, vocab_size=50257)
+    config = make_config(dict(seq_len=16, preset="demo"), model)
+    assert (config.n_layer, config.seq_len) == (2, 16)
+    assert make_config({}, model).seq_len == 64
+    with pytest.raises(UserError, match="--n_layer 3: .* 2"):
+        make_config(dict(n_layer=3), model)
 
 
 def test_records(folder):
@@ -285,8 +313,9 @@ BAD = {
     "broken checkpoint": ("--init_from broken.pt", r"broken\.pt"),
     "other checkpoint": ("--init_from other.pt", r"other\.pt"),
     "broken transformers folder": ("--init_from broken_given", "broken_given"),
-    "another vocabulary": ("--init_from other_tokens", "other_tokens.*99"),
+    "another vocabulary": ("--init_from other_tokens", "other_tokens .* tokens"),
     "not its size": ("--init_from given --n_layer 2", "--n_layer 2.* 1"),
+    "batch above the data": ("--batch_tokens 16000 --max_steps 0", "--batch_tokens 16000 .* 800 "),
     "out_dir in a file": ("--out_dir a_file/log", "--out_dir a_file/log"),
     "out_dir a file": ("--out_dir a_file", "--out_dir a_file"),
     "out_dir with a run": ("--out_dir trained", "--out_dir trained.*--resume"),
@@ -318,8 +347,6 @@ IMPOSSIBLE = {
     "batch below seq_len, by epochs": "--batch_tokens 8 --max_steps 0 --epochs 0.1",
     "batch no multiple of micro_batch": "--batch_tokens 160 --micro_batch 3",
     "micro_batch above the batch": "--micro_batch 64",
-    "batch above the data": "--batch_tokens 16000 --max_steps 0",
-    "batch above the data, micro_batch": "--batch_tokens 1024 --micro_batch 4 --max_steps 0",
     "seq_len above the data": "--seq_len 1000 --batch_tokens 8000",
     "seq_len above the model's": "--init_from given --seq_len 48 --batch_tokens 480",
     "seq_len above the text": "--data text.txt --seq_len 5000 --batch_tokens 5000",

