@@ -67,7 +67,7 @@ def open_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"--out_dir {folder} already holds a run; add --resume, or name another")
 
 
-def describe_run(config, model, micro_batch: int, loader, runtime) -> dict:
+def describe_run(config, model, compiled: bool, micro_batch: int, loader, runtime) -> dict:
     """Everything needed to repeat this run: the header of metrics.jsonl and of checkpoints."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -80,6 +80,7 @@ def describe_run(config, model, micro_batch: int, loader, runtime) -> dict:
         command=shlex.join(sys.argv),
         settings=dataclasses.asdict(config),
         network=dataclasses.asdict(model.config),
+        compiled=compiled,
         micro_batch=micro_batch,
         epoch_sequences=loader.epoch_sequences,  # a resumed run must find the same data
         versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
@@ -107,8 +108,9 @@ class Records:
         self.shown = 0.0
         count = sum(p.numel() for p in model.parameters())
         runtime.print(
-            f"{count:,} parameters on {runtime.world} x {runtime.device_type} in {header['dtype']};"
-            f" {steps:,} steps of {self.tokens:,} tokens, {header['micro_batch']} sequences of"
+            f"{count:,} parameters, {'compiled' if header['compiled'] else 'eager'}, on"
+            f" {runtime.world} x {runtime.device_type} in {header['dtype']}\n"
+            f"{steps:,} steps of {self.tokens:,} tokens, {header['micro_batch']} sequences of"
             f" {settings['seq_len']} at a time"
         )
         self.file = None

@@ -802,7 +802,7 @@ def main(argv: list[str] | None = None) -> None:
     # What trains it, and what it leaves behind.
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
-    header = checkpoint.describe_run(config, model, micro_batch, loader, runtime)
+    header = checkpoint.describe_run(config, model, compiled, micro_batch, loader, runtime)
     parts = {"model": model, "scaler": scaler, **{type(o).__name__: o for o in optimizers}}
     saver = checkpoint.Saver(parts, header, runtime)
     first = saver.restore(saved, steps)
