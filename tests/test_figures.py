@@ -1,19 +1,40 @@
-"""README.md's own figures, recomputed from what the runs in runs/ recorded."""
+"""What README.md and runs/README.md say: their figures, from the records; their presets, flags,
+links and exercises, from the code and the history."""
 
+import dataclasses
 import json
 import re
 import statistics
+import subprocess
 
 import numpy as np
 import pytest
 from helpers import ROOT
+from torch.distributed.run import get_args_parser
 
-README = " ".join((ROOT / "README.md").read_text().split())
+import train_gpt2
+
 RUNS = ROOT / "runs"
+README = (ROOT / "README.md").read_text()
+
+
+def words(text: str) -> str:
+    """The text with single spaces, so that a figure may stand across a line break."""
+    return " ".join(text.split())
+
+
+PAGES = words(README + (RUNS / "README.md").read_text())
 
 
 def says(text: str) -> None:
-    assert " ".join(text.split()) in README
+    """The two pages together contain `text`. A failure shows what they should say."""
+    assert words(text) in PAGES, f"README.md or runs/README.md should say: {text}"
+
+
+def folder_says(name: str, text: str) -> None:
+    """The same for the README.md of one run."""
+    page = RUNS / name / "README.md"
+    assert words(text) in words(page.read_text()), f"{page} should say: {text}"
 
 
 def metrics(name: str, kind: str) -> list[dict]:
@@ -34,72 +55,80 @@ def test_demo():
     assert last["step"] == len(metrics("demo-cpu", "train")) == 1000
     loss, bits = f"{last['loss']:.4f}", f"{last['bits_per_byte']:.3f}"
     says(f"ended at a validation loss of {loss}, which is {bits} bits per byte")
+    says(f"ended at {bits} bits per byte")
+    folder_says("demo-cpu", f"validation loss of {loss}, which is {last['bits_per_byte']:.4f} bits")
     first = metrics("demo-cpu", "val")[0]["loss"]
     says(f"The loss begins at {first:.1f}")
-    (sample,) = re.findall(
-        r"one of which was\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
+    (sample,) = re.findall(r"One of its last samples:\n\n```\n(.*?)```", README, re.DOTALL)
     (written,) = metrics("demo-cpu", "sample")[-1:]
     assert any(sample.strip() in text for text in written["texts"])
 
 
 @pytest.mark.parametrize("network", ["124M", "demo"])
 def test_step(network):
-    label = {"124M": "124M, 4 x 256 tokens, eager", "demo": "demo, 24 x 32 tokens, eager"}[network]
     pattern = r"{} +{} +([\d,]+) tokens/s .*?, ([\d.]+) times transformers', peak ([\d.]+) GB"
     for variant, shown in (
-        ("ours eager", label),
-        ("ours compiled", f"{network}, compiled"),
-        ("transformers", f"{network}, transformers"),
+        ("ours eager", "eager"),
+        ("ours compiled", "compiled"),
+        ("transformers", "transformers"),
     ):
         ((speed, times, peak),) = numbers("step-cpu", pattern.format(network, variant))
         times = "1" if variant == "transformers" else f"{times:.2f}"
-        says(f"| {shown} | {speed:,.0f} | {times} | {peak:.2f} GB |")
+        says(f"| {network}, {shown} | {speed:,.0f} | {times} | {peak:.2f} GB |")
 
 
 def test_share_of_training():
     text = (RUNS / "step-cpu" / "share.txt").read_text()
     share = dict(re.findall(r"^(.+): ([\d.]+%) of the run$", text, re.MULTILINE))
     assert float(share["together"].rstrip("%")) < 5
-    says(f"{share['validation']} validation, {share['HellaSwag']} HellaSwag")
-    says(f"together {share['together']}")
+    parts = ("validation", "HellaSwag", "sampling", "waiting for data", "together")
+    says(f"| {' | '.join(parts)} |")
+    says(f"| {' | '.join(share[part] for part in parts)} |")
     for name in ("demo", "124M"):
         seconds = re.search(rf"^{name}.*?: ([\d.]+) s to the first step", text, re.MULTILINE)[1]
         assert float(seconds) < 10
         says(f"{seconds} seconds ({name})")
     few, many = re.findall(r"shards? of \d+M tokens: [\d.]+ s to the first step, ([\d.]+) GB", text)
-    says(f"{few} GB with one shard of 1M tokens, {many} GB with twenty of 50M")
+    says(f"{few} GB with one shard of 1M tokens and {many} GB with twenty of 50M")
 
 
 def test_sampling():
-    for size, times in numbers("sampling-cpu", r"^4 x (\d+): ([\d.]+) times as fast"):
-        says(
-            f"{times:.1f}"
-            + (" times as fast for" if size == 32 else " times for")
-            + f" 4 x {size:.0f}"
-        )
+    measured = dict(numbers("sampling-cpu", r"^4 x (\d+): ([\d.]+) times as fast"))
+    says(f"{measured[32]:.1f} times as fast for 4 x 32 tokens")
+    says(f"{measured[256]:.1f} times as fast for 4 x 256")
+    for line in (RUNS / "sampling-cpu" / "result.txt").read_text().splitlines():
+        folder_says("sampling-cpu", line)
 
 
 def test_fineweb():
-    columns = {
-        way: [row[0] for row in numbers("fineweb-cpu", rf"^\({way}\) .*? median ([\d.]+)M")]
-        for way in ("a", "b", "c")
-    }
-    columns["c"] = columns["c"][::2]  # every second line of (c) is without start and exit
-    a, b, c = (np.array(columns[way]) for way in "abc")
-    assert len(a) == len(b) == len(c) == 3
-    speed = statistics.median(c)
-    says(f"{speed:.2f} million tokens a second as a whole command")
-    says(f"{np.median(c / a):.2f} times the lecture's way")
-    says(f"{np.median(c / b):.2f} of raw tiktoken")
-    hours = 9_953_989_101 / (1e6 * speed) / 3600
-    says(f"the 9.95B tokens of sample-10BT take {hours:.2f} hours of two cores")
+    # A line for each way and round: speed, (c)'s speed as a multiple of it, peak memory.
+    pattern = r"^\({}\) .*? median ([\d.]+)M .*?is ([\d.]+) times .* peak (\d+) MiB"
+    rows = {way: np.array(numbers("fineweb-cpu", pattern.format(way))) for way in "abc"}
+    rows["c"] = rows["c"][::2]  # every second line of (c) is without start and exit
+    assert [len(rows[way]) for way in "abc"] == [3, 3, 3]
+    for n, (a, b, c) in enumerate(zip(*rows.values(), strict=True), 1):
+        row = f"| {n} | {a[0]:.2f} | {b[0]:.2f} | {c[0]:.2f} | {a[1]:.2f} | {b[1]:.2f} |"
+        folder_says("fineweb-cpu", row)
+    for way, shown in (
+        ("a", "the lecture's way, one process"),
+        ("b", "raw tiktoken, two processes, no reading or writing"),
+        ("c", "fineweb.py"),
+    ):
+        speed, times, _ = np.median(rows[way], axis=0)
+        times = "1" if way == "c" else f"{times:.2f}"
+        says(f"| {shown} | {speed:.2f} | {times} | {rows[way][:, 2].max():,.0f} MiB |")
+    hours = 9_953_989_101 / (1e6 * np.median(rows["c"][:, 0])) / 3600
+    says(f"the 9.95B tokens of sample-10BT take {hours:.2f} hours on two cores")
 
 
 def test_hellaswag():
     medians = numbers("hellaswag-cpu", r"^medians: ([\d.]+), ([\d.]+), ([\d.]+)x")
-    for (theirs, ours, times), dtype in zip(medians, ("float32", "bfloat16"), strict=True):
+    pairs = np.array(numbers("hellaswag-cpu", r"^lecture ([\d.]+), hellaswag.py ([\d.]+)"))
+    for i, dtype in enumerate(("float32", "bfloat16")):
+        theirs, ours, times = medians[i]
         says(f"| {dtype} | {theirs:.2f} | {ours:.2f} | {times:.2f} |")
+        each = (", ".join(f"{speed:.2f}" for speed in way) for way in pairs[3 * i : 3 * i + 3].T)
+        folder_says("hellaswag-cpu", f"| {dtype} | {' | '.join(each)} | {times:.2f}")
 
 
 def test_muon():
@@ -117,15 +146,69 @@ def test_muon():
         says(f"| {optimizer} | {losses} | {bits:.3f} | {seconds[optimizer]:.0f} |")
         steps = [record["step"] for record in metrics(runs[0], "val")]
     reached = steps[int(np.argmax(curves["muon"] <= curves["adamw"][-1]))]
-    says(f"Muon's mean loss is below AdamW's last one at step {reached} of 1,000")
+    says(f"Muon's mean loss falls below AdamW's last one at step {reached} of 1,000")
 
 
-@pytest.mark.parametrize("network", ["gpt2", "demo"])
-def test_bench(network):
-    result = json.loads((RUNS / "bench-cpu" / f"{network}.json").read_text())
-    first = result["rungs"][0]["ms"]
-    for rung in result["rungs"]:
-        assert rung["ms"] == pytest.approx(statistics.median(rung["each_ms"]))
-        speed = 1000 * result["micro_batch"] * result["seq_len"] / rung["ms"]
-        row = f"| {rung['ms']:,.0f} | {speed:,.0f} | {first / rung['ms']:.2f} | {rung['mfu']:.0%} |"
-        says(f"| {network}: {rung['name']} {row}")
+def test_bench():
+    halves = []
+    for network in ("gpt2", "demo"):
+        result = json.loads((RUNS / "bench-cpu" / f"{network}.json").read_text())
+        first, half = result["rungs"][0]["ms"], {}
+        for rung in result["rungs"]:
+            ms = rung["ms"]
+            assert ms == pytest.approx(statistics.median(rung["each_ms"]))
+            speed = 1000 * result["micro_batch"] * result["seq_len"] / ms
+            half[rung["name"]] = f"{ms:,.0f} | {speed:,.0f} | {first / ms:.2f} | {rung['mfu']:.0%}"
+        halves.append(half)
+    assert list(halves[0]) == list(halves[1])
+    for name in halves[0]:
+        says(f"| {name} | {halves[0][name]} | {halves[1][name]} |")
+
+
+def test_presets():
+    """The table of presets is the code's."""
+    defaults = dataclasses.asdict(train_gpt2.TrainConfig())
+    rows = re.findall(r"^\| `(\S+)` \|(.+)\|$", README.partition("## Presets")[2], re.MULTILINE)
+    rows = {
+        name: [cell.strip().replace(",", "") for cell in cells.split("|")] for name, cells in rows
+    }
+    columns = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens", "learning_rate")
+    assert rows.keys() == train_gpt2.PRESETS.keys()
+    for name, preset in train_gpt2.PRESETS.items():
+        settings = defaults | preset
+        assert [float(cell) for cell in rows[name][:6]] == [settings[column] for column in columns]
+
+
+def test_flags():
+    """Every flag that README.md names exists."""
+    known = {"--index-url", "--reverse"}  # pip's and git's
+    known |= {f"--{field.name}" for field in dataclasses.fields(train_gpt2.TrainConfig)}
+    known |= {"--no-compile", "--help"}
+    for script in ("fineweb.py", "hellaswag.py", "bench.py", "plot.py"):
+        known |= set(re.findall(r'add(?:_argument)?\("(--\w+)', (ROOT / script).read_text()))
+    known |= {name for action in get_args_parser()._actions for name in action.option_strings}
+    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known
+
+
+def test_links():
+    """Every link to a file of the project leads to one."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *RUNS.glob("**/README.md")]
+    for page in pages:
+        targets = re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', page.read_text())
+        for target in (link or source for link, source in targets):
+            if not target.startswith("https://"):
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_exercises():
+    """Each `git show ':/^...'` finds one commit, and no later one has a message like it."""
+    log = ["git", "-C", str(ROOT), "log", "--all", "--format=%s"]
+    done = subprocess.run(log, capture_output=True, text=True, check=False)
+    subjects = done.stdout.splitlines()
+    if "0:13:47 The network: embeddings, blocks, a head" not in subjects:
+        pytest.skip("the history is not here (a shallow clone, or an export)")
+    beginnings = re.findall(r"git show ':/\^(.+?)'", README)
+    assert len(beginnings) == 1 + 8  # the example, and the exercises
+    for beginning in beginnings:
+        found = [subject for subject in subjects if subject.startswith(beginning)]
+        assert len(found) == 1, (beginning, found)
