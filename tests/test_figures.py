@@ -6,12 +6,15 @@ import json
 import re
 import statistics
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
+import machine
 import train_gpt2
 
 RUNS = ROOT / "runs"
@@ -212,3 +215,37 @@ def test_exercises():
     for beginning in beginnings:
         found = [subject for subject in subjects if subject.startswith(beginning)]
         assert len(found) == 1, (beginning, found)
+
+
+@pytest.mark.parametrize("preset", train_gpt2.PRESETS)
+def test_micro_batch_table(preset, monkeypatch):
+    """The last five columns of the presets are what machine.py chooses on one GPU of that size."""
+    config = train_gpt2.TrainConfig(**train_gpt2.PRESETS[preset])
+    sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
+    with torch.device("meta"):
+        model = train_gpt2.GPT(train_gpt2.GPTConfig(**sizes))
+    cpu = torch.device("cpu")
+    gpu = SimpleNamespace(world=1, device_type="cuda", device=cpu, dtype=torch.bfloat16)
+    shown = []
+    for gigabytes in (16, 24, 40, 80, 141):
+        free = gigabytes * 10**9
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        rows = machine.choose_micro_batch(config, model, True, gpu)
+        need = machine.step_bytes(model, rows * config.seq_len, True, torch.bfloat16)
+        shown.append(str(rows) if need <= 0.9 * free else "-")
+    (row,) = re.findall(rf"^\| `{preset}` \|.*$", README, re.MULTILINE)
+    assert row.endswith(f" | {' | '.join(shown)} |")
+
+
+def test_lecture_table():
+    """Each section named beside the lecture exists, and its banner has a chapter of that row."""
+    source = (ROOT / "train_gpt2.py").read_text()
+    banner = r"^# -{20,}\n# (\d+\. [^(:\n]+?) ?[(:](.*?)^# -{20,}"
+    banners = dict(re.findall(banner, source, re.MULTILINE | re.DOTALL))
+    table = README.partition("## Read it beside")[2].partition("## Exercises")[0]
+    rows = re.findall(r"^\| (\d:\d\d:\d\d.*?) \| (.+) \|$", table, re.MULTILINE)
+    assert rows
+    for chapters, places in rows:
+        times = re.findall(r"\d:\d\d:\d\d", chapters)
+        for section in re.findall(r"\d\. [A-Z][a-z ]+", places):
+            assert any(time in banners[section.strip()] for time in times), (section, times)
