@@ -19,7 +19,8 @@ SCRIPT = ROOT / "train_gpt2.py"
 # A network and a run that take a second: the vocabulary is the only big thing in it.
 TINY = shlex.split(
     "--preset demo --n_layer 1 --n_head 2 --n_embd 16 --seq_len 16 --batch_tokens 128 --max_steps 4"
-    " --warmup_tokens 0 --dtype float32 --device cpu --no-compile --val_every 0 --sample_every 0"
+    " --optimizer adamw --learning_rate 4e-3 --warmup_tokens 0 --dtype float32 --device cpu"
+    " --no-compile --val_every 0 --sample_every 0"
 )
 
 

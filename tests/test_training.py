@@ -288,6 +288,7 @@ SMALL = shlex.split(
 )
 SMALL += shlex.split(
     "--device cpu --no-compile --warmup_tokens 2000 --max_steps 100 --sample_every 0"
+    " --optimizer adamw --learning_rate 4e-3"
 )
 SMALL += ["--val_every", 100, "--val_tokens", 2000]
 
