@@ -63,7 +63,8 @@ from fineweb import UserError, first_line
 #
 # Where the 124M parameters are: a block's matrices have 12 C^2 (attention 3 + 1, the MLP 4 + 4), so
 # 12 blocks of 768 channels have 84.9M; the token embeddings have 50,257 C = 38.6M, the positions
-# 1,024 C = 0.8M, biases and LayerNorms 0.1M. Together 124,439,808.
+# 1,024 C = 0.8M, biases and LayerNorms 0.1M. Together 124,439,808 (124,475,904 with the vocabulary
+# padded to 50,304).
 
 
 @dataclass(frozen=True)
@@ -71,35 +72,12 @@ class GPTConfig:
     """The shape of the model. The defaults are GPT-2 (124M): GPT-2 paper, table 2; GPT-2's code."""
 
     seq_len: int = 1024  # tokens, T: how far back the model can look
-    # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128: GPUs multiply in tiles of 64 or 128, and a
-    # ragged edge costs an extra tile that is mostly empty.
+    # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128: tensor cores load 8 numbers (16 bytes) at a
+    # time, and rows of an odd length never line up with that, so slower kernels have to step in.
     vocab_size: int = 50304
     n_layer: int = 12  # L
     n_head: int = 12  # H
     n_embd: int = 768  # C
-
-
-class KVCache:
-    """The keys and values of the tokens that a model has read, so a new token costs only itself.
-
-    No token sees a later one, so they never change. Sampling and hellaswag.py use it.
-    """
-
-    def __init__(self):
-        self.layers = {}  # layer -> keys and values, (B, H, S, D) each
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].size(2) if self.layers else 0  # S
-
-    def update(self, layer: int, k, v):
-        """Append the keys and values of T tokens, (B, H, T, D) each -> all of the layer's."""
-        if layer in self.layers:
-            past_k, past_v = self.layers[layer]
-            k = torch.cat([past_k, k], dim=2)  # (B, H, S, D) and (B, H, T, D) -> (B, H, S + T, D)
-            v = torch.cat([past_v, v], dim=2)
-        self.layers[layer] = k, v
-        return k, v
 
 
 class CausalSelfAttention(nn.Module):
@@ -120,17 +98,39 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        heads = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
+        q, k, v = (z.view(heads).transpose(1, 2) for z in (q, k, v))  # (B, T, C) -> (B, H, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, H, T, D) -> (B, H, S, D)
+            k, v = cache.update(self.layer, k, v)  # (B, H, T, D) -> (B, H, S + T, D)
         # softmax(q k^T / sqrt(D)) v, where no token sees a later one. A sum of D products grows
         # like sqrt(D); divided by it, the softmax stays soft. FlashAttention (2022) computes this
         # block by block and never writes the (B, H, T, T) scores to memory.
         mask = None if cache is None else causal_lower_right(T, k.size(2))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+
+
+class KVCache:
+    """The keys and values of the S tokens that a model has read, so a new token costs only itself.
+
+    A token never sees a later one, so its key and value never change.
+    """
+
+    def __init__(self):
+        self.layers = {}  # layer -> keys and values, (B, H, S, D) each
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].size(2) if self.layers else 0  # S
+
+    def update(self, layer: int, k, v):
+        """Append the keys and values of T tokens, (B, H, T, D) each -> all of the layer's."""
+        if layer in self.layers:
+            past_k, past_v = self.layers[layer]
+            k = torch.cat([past_k, k], dim=2)  # (B, H, S, D) and (B, H, T, D) -> (B, H, S + T, D)
+            v = torch.cat([past_v, v], dim=2)
+        self.layers[layer] = k, v
+        return k, v
 
 
 class MLP(nn.Module):
@@ -166,7 +166,7 @@ class GPT(nn.Module):
     The parameters have the published checkpoint's names, so its weights load directly.
     """
 
-    new_cache = KVCache  # for who calls `hidden`
+    new_cache = KVCache  # for hellaswag.py, which cannot import this file
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -192,12 +192,12 @@ class GPT(nn.Module):
 
         weight                      standard deviation   why
         of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C), which keeps
-                                                         the size of a product: 0.036 to 0.025
+                                                         a product's scale: 0.036 (124M), 0.025 (XL)
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add to the
                                                          stream, and its variance should not grow
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
-        Biases are 0, and LayerNorm starts as the identity. With torch's own embeddings, of standard
-        deviation 1, the first loss was 434.6 instead of about 11.
+        Biases are 0, and LayerNorm starts as the identity. With torch's default embeddings, of
+        standard deviation 1, the first loss was 434.6 instead of about 11.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # that is wte's
@@ -219,7 +219,7 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats.
 
-        An untrained model guesses, with a loss of about ln 50257 = 10.82; far from that is a bug.
+        An untrained model guesses, with a loss of about ln 50304 = 10.83; far from that is a bug.
         """
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
@@ -230,7 +230,7 @@ class GPT(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """Operations to train on one token ("PaLM", 2022, appendix B).
 
-        6 for each weight in a matrix product (wpe is only added), and 12 L C T for attention. GPT-2
+        6 for each parameter but wpe's, which are only added, and 12 L C T for attention. GPT-2
         (124M): 0.855 GFLOP, 448 TFLOP for 2^19 tokens; 8 A100s at half of 312 TFLOP/s take 360 ms.
         """
         weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
@@ -261,9 +261,9 @@ class GPT(nn.Module):
             what = f"cannot load GPT-2 weights from {name_or_folder}"
             raise UserError(f"{what}: {first_line(error)}") from None
         c, plain = theirs.config, transformers.GPT2Config()
-        same = ("activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights")
-        same += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
-        odd = [name for name in same if getattr(c, name) != getattr(plain, name)]
+        must_match = ("activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights")
+        must_match += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+        odd = [name for name in must_match if getattr(c, name) != getattr(plain, name)]
         odd += sorted(info["missing_keys"])  # transformers has drawn these weights at random
         if odd:
             raise UserError(f"{name_or_folder} is not a plain GPT-2: look at its {odd[0]}")
@@ -290,16 +290,16 @@ class GPT(nn.Module):
 # 2. Sampling (0:33:31 prefix tokens, tokenization; 0:37:02 the sampling loop; 3:23:10 in training)
 # --------------------------------------------------------------------------------------------------
 # The model gives a probability to each possible next token. We draw one, append it, and ask again.
-# Only the 50 most likely are drawn from: of the other 50,207 each is unlikely, but together they
-# are not, and one odd token spoils the text for good, because the model continues from it.
+# We draw only from the top 50: each of the other 50,207 is unlikely, but together they come up
+# often, and one bad token spoils the text for good, because the model continues from it.
 
 
 @torch.no_grad()
 def generate(model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_k=50, seed=42):
     """Continue `prompt` (token ids, at least one) -> (samples, len(prompt) + max_new_tokens).
 
-    Each token is drawn from the `top_k` most likely (top_k=1 is greedy decoding). It has its own
-    generator, on the CPU: the same draws on every device, and training's random numbers stay.
+    Each token is drawn from the `top_k` most likely (top_k=1 is greedy decoding). The generator is
+    on the CPU, so the draws are the same on every device.
     """
     device = model.lm_head.weight.device
     context = model.config.seq_len
@@ -324,7 +324,7 @@ def generate(model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
 # Every setting is one line: a default, a flag, its help and its source. A flag wins over the
-# checkpoint (with --resume), that wins over the preset, and that over the default.
+# checkpoint (of --resume; of --init_from only its shape), then come preset and default.
 
 
 def setting(default, help: str, choices=""):
@@ -347,7 +347,7 @@ class TrainConfig:
     seed: int = setting(1337, "random seed for weights, data order and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first that works")
     dtype: str = setting(
-        "auto", "number format of products", choices="auto bfloat16 float16 float32"
+        "auto", "dtype of matrix products", choices="auto bfloat16 float16 float32"
     )
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
@@ -362,7 +362,7 @@ class TrainConfig:
     max_steps: int = setting(0, "number of steps; 0: as many as --epochs needs")
     optimizer: str = setting("adamw", "what trains the blocks' matrices", choices="adamw muon")
     learning_rate: float = setting(6e-4, "peak learning rate")  # GPT-3 paper, table 2.1
-    min_lr_ratio: float = setting(0.1, "final learning rate, as a part of the peak")  # GPT-3, B
+    min_lr_ratio: float = setting(0.1, "final learning rate, over the peak")  # GPT-3, B
     warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, appendix B
     weight_decay: float = setting(0.1, "decay of matrices and embeddings")  # GPT-3, appendix B
     grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: do not")  # GPT-3, app. B
@@ -401,8 +401,8 @@ PRESETS = {
 }
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WITHOUT_PRESET = " (by default gpt2 if python fineweb.py has made edu_fineweb10B, else demo)"
-# What no flag can change in what was loaded: the model's shape; in a run to resume, also its data.
-FIXED = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens", "seed", "optimizer")
+SHAPE = ("n_layer", "n_head", "n_embd")  # no flag can change these in a loaded model,
+FIXED = (*SHAPE, "seq_len", "batch_tokens", "seed", "optimizer")  # nor these in a resumed run
 
 
 def make_config(flags: dict, loaded: dict) -> TrainConfig:
@@ -412,7 +412,7 @@ def make_config(flags: dict, loaded: dict) -> TrainConfig:
     preset = flags.get("preset") or loaded.get("preset") or guess
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    for name in FIXED if "seed" in loaded else FIXED[:3]:  # a whole run, or only a model
+    for name in FIXED if "seed" in loaded else SHAPE:  # a whole run, or only a model
         if name in flags and flags[name] != loaded.get(name, flags[name]):
             what = f"--{name} {flags[name]}: what was loaded has {loaded[name]}"
             raise UserError(f"{what}; leave the flag out, or start another run")
@@ -425,8 +425,8 @@ def make_config(flags: dict, loaded: dict) -> TrainConfig:
 # --------------------------------------------------------------------------------------------------
 # 4. The machine (0:41:47 device; 1:28:14 TF32; 1:39:38 bfloat16; 1:48:15 compile; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
-# A GPU multiplies matrices much faster than it moves numbers to and from its memory. So a step gets
-# faster with smaller numbers and with fewer trips to memory. The lecture's A100, in ms per step:
+# A GPU multiplies matrices much faster than it moves numbers to and from its memory. So smaller
+# numbers and fewer trips to memory make it faster. The lecture's A100, in ms for 16 x 1024 tokens:
 #
 #     float32       1000   8 bits of exponent, 23 of mantissa
 #     TF32           333   8 and 10 bits, only inside the product: tensor cores can multiply these
@@ -435,7 +435,7 @@ def make_config(flags: dict, loaded: dict) -> TrainConfig:
 #                          up before backward and the gradients down after it, by a GradScaler)
 #     compile        130   chains of elementwise operations become one kernel, one trip to memory
 #     flash           96   attention's (T, T) scores stay on the chip: more FLOPs, less traffic
-#     50304           93   no kernel has a ragged edge
+#     50304           93   a vocabulary that kernels can load in whole pieces
 #     fused AdamW     90   a few kernels for all 148 parameter tensors
 #
 # `python bench.py` climbs the same ladder on your machine; machine.py knows what it can do.
@@ -456,10 +456,9 @@ class Runtime:
         self.double = torch.float32 if self.device_type == "mps" else torch.float64  # mps has none
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
-        if self.world > 1 and self.device_type == "cuda":
-            dist.init_process_group("nccl", device_id=self.device)
-        elif self.world > 1:
-            dist.init_process_group("gloo")
+        if self.world > 1:
+            gpu = self.device if self.device_type == "cuda" else None
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
 
     def autocast(self):
         """Matrix products in self.dtype; weights, sums, norms and softmax stay in float32."""
@@ -506,7 +505,7 @@ class Runtime:
 # 19,073 steps are 10^10 / 2^19: it starts the data over near the end.)
 
 
-@functools.lru_cache(maxsize=8)  # of a shard's permutation, 512 sequences a step are used
+@functools.lru_cache(maxsize=8)  # a shard's permutation serves 97,656 / 512 = 190 steps
 def permutation(size: int, *seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(size)
 
@@ -519,7 +518,7 @@ class DataLoaderLite:
 
     Sequence i of a shard is its tokens i T .. (i + 1) T: T inputs; the targets are the same tokens
     shifted by one. Sequence g of the run is in epoch g // epoch_sequences. Every epoch shuffles the
-    shards, and the sequences within each shard. With seed None the order is the files'.
+    shards, and the sequences within each shard. Seed None keeps the files' order.
     """
 
     def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None, source="the data"):
@@ -559,8 +558,8 @@ class DataLoaderLite:
     def batch(self, batch_tokens: int, micro_batch: int, runtime: Runtime, step: int):
         """This rank's part of a step -> (micro-steps, B, T + 1) int64.
 
-        A step has N = batch_tokens / T sequences: step s those from s N on. Of these, micro-step m
-        of rank r takes B, from (m world + r) B on.
+        A step has N = batch_tokens / T sequences, and step s starts at s N. Micro-step m of rank r
+        takes B of them, from offset (m world + r) B.
         """
         N, B = batch_tokens // self.seq_len, micro_batch
         starts = range(step * N + runtime.rank * B, (step + 1) * N, runtime.world * B)
@@ -570,10 +569,10 @@ class DataLoaderLite:
 # --------------------------------------------------------------------------------------------------
 # 6. The optimizer and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 decay, fused)
 # --------------------------------------------------------------------------------------------------
-# AdamW keeps two running averages of each parameter's gradient, of it and of its square. With the
-# weight and the gradient that is 16 bytes per parameter: 2.0 GB for GPT-2 (124M). The averages mean
-# little in the first steps, hence the warmup. Weight decay pulls each weight toward 0, so that the
-# model does not lean on a few large ones.
+# AdamW keeps two running averages for each parameter: of its gradient and of the gradient's square.
+# With the weight and the gradient that is 16 bytes per parameter: 2.0 GB for GPT-2 (124M). The
+# averages are unreliable at first, hence the warmup. Weight decay pulls each weight toward 0, so
+# the model does not lean on a few large ones.
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -628,16 +627,16 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # --------------------------------------------------------------------------------------------------
 # 7. The training step (2:14:55 gradient clipping; 2:34:09 gradient accumulation; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
-# Half a million tokens do not fit into a GPU, so a step adds up the gradients of micro-batches.
+# Half a million tokens do not fit on a GPU, so a step adds up the gradients of micro-batches.
 # Beware of the mean: four losses a, b, c, d have the mean (a + b + c + d) / 4, but four backward
 # passes add up the gradient of a + b + c + d. Hence each loss is divided by the number of
 # micro-steps. With several ranks, each does this for its share, and DDP averages their gradients.
 #
 # The micro-batch is what fits into the memory. For GPT-2 (124M) and 64 x 1024 tokens that is 32 GB:
-# weights, gradients and AdamW 2.2, activations 23.6, logits 6.6 (machine.py has the arithmetic).
+# parameters 2.2 (the 16 bytes, and a bfloat16 copy), activations 23.6, logits 6.6 (machine.py).
 
 
-def train_step(model, ddp, optimizers, scaler, batch, lr, stop, config, runtime):
+def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
     """One step -> the mean loss of the whole batch, the gradient's norm before clipping, and
     whether any rank wants to stop.
 
@@ -648,7 +647,7 @@ def train_step(model, ddp, optimizers, scaler, batch, lr, stop, config, runtime)
     total = 0.0
     for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         # DDP averages the gradients during backward: once per step, at the last micro-step.
-        average = ddp is model or m == len(inputs) - 1
+        average = runtime.world == 1 or m == len(inputs) - 1
         with nullcontext() if average else ddp.no_sync():
             with runtime.autocast():
                 loss = ddp(x, y) / len(inputs)  # so the sum over micro-steps is the batch's mean
@@ -656,8 +655,8 @@ def train_step(model, ddp, optimizers, scaler, batch, lr, stop, config, runtime)
         total += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    # One odd batch must not throw the model off: its gradient is shortened.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    # One bad batch should not throw the model off, so the gradient's norm is capped.
+    norm = nn.utils.clip_grad_norm_(ddp.parameters(), config.grad_clip or math.inf)
     # Until here Python has only queued work. Now it asks for numbers and waits until the GPU has
     # them. A clock needs no torch.cuda.synchronize, and nothing else in a step waits.
     loss, norm, stops = runtime.sum(total, norm, stop)
@@ -668,7 +667,7 @@ def train_step(model, ddp, optimizers, scaler, batch, lr, stop, config, runtime)
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
         # DDP's gradients are views of the buckets that the ranks exchange; they stay there.
-        optimizer.zero_grad(set_to_none=ddp is model)
+        optimizer.zero_grad(set_to_none=runtime.world == 1)
     scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
     return loss, norm, stops > 0
 
@@ -678,8 +677,9 @@ def train_step(model, ddp, optimizers, scaler, batch, lr, stop, config, runtime)
 # --------------------------------------------------------------------------------------------------
 # The training loss says how well the model learns, the validation loss whether that carries over to
 # text that it has not seen. A loss in nats per token depends on the tokenizer; divided by ln 2 and
-# by the tokens' bytes it is in bits per byte, which compares between tokenizers. HellaSwag asks
-# which of four endings fits a story: chance is 0.25, GPT-2 (124M) has 0.2955.
+# by the tokens' bytes it is in bits per byte, which is comparable across tokenizers. HellaSwag asks
+# which of four endings fits a story: chance is 0.25, GPT-2 (124M)
+# has an acc_norm of 0.2955.
 
 
 @torch.no_grad()
@@ -761,7 +761,7 @@ def due(every: int, step: int, steps: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # What to continue, an interrupted run or a trained model; and the settings.
+    # Load a run to resume or a model to start from, if any, and settle the settings.
     flags = fineweb.parse_flags(TrainConfig, __doc__, argv)
     saved, model, loaded = None, None, {}
     if flags.get("resume"):
@@ -794,7 +794,7 @@ def main(argv: list[str] | None = None) -> None:
         return runtime.close()
     examples = hellaswag.load_examples(runtime=runtime) if config.hellaswag_every else []
     compiled = machine.can_compile(config.compile, runtime)
-    if compiled:  # in place, so the parameters keep their names; model.forward stays eager
+    if compiled:  # in place: model(x) is, model.forward(x) and model.hidden(x) stay eager
         model.compile(dynamic=False)
     micro_batch = machine.choose_micro_batch(config, model, compiled, runtime)
     steps = count_steps(config, loader.epoch_sequences)
@@ -806,10 +806,10 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"model": model, "scaler": scaler, **{type(o).__name__: o for o in optimizers}}
     saver = checkpoint.Saver(parts, header, runtime)
     first = saver.restore(saved, steps)
-    saved = None  # 1.5 GB
+    saved = None  # free its 1.5 GB
     records = checkpoint.Records(first, steps, header, model, runtime)
     stop = checkpoint.Stop()
-    # Only the training step uses the wrapper: keys stay clean, and one rank can sample alone.
+    # Only the training step uses the wrapper: no "module." in keys, and one rank can sample alone.
     ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
     batches = functools.partial(loader.batch, config.batch_tokens, micro_batch, runtime)
     reader = ThreadPoolExecutor(1)  # reads the next batch while the GPU computes
@@ -834,9 +834,9 @@ def main(argv: list[str] | None = None) -> None:
         lr = learning_rate((step + 1) * config.batch_tokens, steps * config.batch_tokens, config)
         with machine.one_line_if_out_of_memory(micro_batch):
             loss, norm, stopped = train_step(
-                model, ddp, optimizers, scaler, batch, lr, bool(stop.signal), config, runtime
+                ddp, optimizers, scaler, batch, lr, bool(stop), config, runtime
             )
-        # In float16 the norm may overflow: the scaler then halves its scale, until that is 1.
+        # In float16 the norm may overflow, and the scale is halved. Otherwise the scale is 1.
         if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
             raise saver.diverged(step, loss, norm)
         records.train(step, time.perf_counter() - began, loss=loss, lr=lr, grad_norm=norm)
