@@ -49,7 +49,7 @@ import torch
 
 import fineweb
 import machine
-from fineweb import UserError, first_line
+from command import UserError, first_line
 
 # --------------------------------------------------------------------------------------------------
 # 1. The folder and its records (ours)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from fineweb import UserError, first_line
+from command import UserError, first_line
 
 # Dense bfloat16 TFLOP/s (float16 for V100 and T4) from the vendors' data sheets; the first entry
 # that is in the device's name counts.

