@@ -58,7 +58,7 @@ from command import OneLineParser, UserError, explain, first_line, run_command
 VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges and <|endoftext|>; an id fits into 16 bits
 END_OF_TEXT = 50256  # the first token of every document
 
-# The two files that tiktoken downloads. Its cache names each after the SHA-1 of its address.
+# tiktoken downloads these two files, and caches each under the SHA-1 of its address.
 GPT2_FILES = {
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "vocab.bpe",
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "encoder.json",
@@ -103,7 +103,7 @@ def token_bytes() -> np.ndarray:
 # A shard is a row of uint16: build-nanogpt's .npy, which is numpy's format, or llm.c's .bin, where
 # 256 int32 come first: magic, version, number of tokens and zeros. manifest.json says whether the
 # folder is complete, which settings decided its bytes, what was read (COUNTS), and for each shard
-# name, tokens, bytes of text, SHA-256, and after: the address of the next token and COUNTS so far.
+# its name, tokens, bytes of text, SHA-256, and "after": the next token's address and COUNTS so far.
 # --------------------------------------------------------------------------------------------------
 
 BIN_FORMAT = (20240520, 1)  # magic and version
@@ -376,7 +376,7 @@ def open_hub(dataset: str, config: str, revision: str | None, field: str) -> lis
 # --------------------------------------------------------------------------------------------------
 
 BATCH_CHARS = 2**18  # what a process tokenizes at a time: some 60,000 tokens in 15 ms
-AHEAD = 32  # batches in flight per process, which keep it busy while a shard is written (max. 256)
+AHEAD = 32  # batches in flight per process, 256 at most in all: work while a shard is written
 KNOWN_TOKENS = {"sample-10BT": 9_953_989_101}  # for the progress bar [build-nanogpt, issue 25]
 
 
