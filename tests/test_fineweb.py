@@ -358,6 +358,7 @@ def test_full_disk_ends_in_one_line(folder):
     write_jsonl(folder / "a.jsonl", documents)
     script = "import resource as r, signal as s, runpy, sys; s.signal(s.SIGXFSZ, s.SIG_IGN); "
     script += "r.setrlimit(r.RLIMIT_FSIZE, (1_200_000, 1_200_000)); sys.argv.pop(0); "
+    script += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
     script += "runpy.run_path(sys.argv[0], run_name='__main__')"  # 1.2 MB: room for the tokenizer
     arguments = ["--input", "a.jsonl", "--shard_tokens", "700000", "--out", "out"]
     result = subprocess.run(
