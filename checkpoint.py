@@ -21,8 +21,8 @@ one, with the addresses of dead ranks still in it.
     loss or norm not finite    it stopped before that update; the last good checkpoint is named
 
 A resumed run repeats the losses, gradient norms and samples of an uninterrupted one: bit for bit on
-a CPU with the same number of ranks, to 1e-4 with another number. On a GPU some gradients are added
-atomically, in no fixed order, so any two runs differ in their last bits.
+a CPU with one rank, or with the same two; to 1e-4 with other numbers, where gradients are added in
+another order. On a GPU that order is never fixed, so any two runs differ in their last bits.
 
 Nothing that is loaded can run code: checkpoints are plain data, read with weights_only=True.
 torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
@@ -90,6 +90,14 @@ def describe_run(config, model, compiled: bool, micro_batch: int, loader, runtim
     )
 
 
+def step_recorded(line: bytes) -> float:
+    """The step of a line of metrics.jsonl: -1 for the header, infinity for a damaged line."""
+    try:
+        return json.loads(line).get("step", -1) if line.endswith(b"\n") else math.inf
+    except ValueError:  # a power cut can leave anything
+        return math.inf
+
+
 class Records:
     """metrics.jsonl. Rank 0 writes it; on the other ranks nothing happens.
 
@@ -118,9 +126,8 @@ class Records:
         if runtime.rank > 0:
             return
         path = Path(settings["out_dir"]) / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # a kill can cut the last one
-        kept = [line for line in whole if json.loads(line).get("step", -1) < first]
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() and first else []
+        kept = [line for line in lines if step_recorded(line) < first]
         with fineweb.whole_file(path) as file:
             file.write(b"".join(kept))
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -128,7 +135,7 @@ class Records:
         if not kept:
             self.write("header", **header)
             return
-        before = json.loads(kept[0])["settings"]
+        before = json.loads(kept[0]).get("settings", settings)
         changed = {key: value for key, value in settings.items() if before.get(key) != value}
         changed = {key: changed[key] for key in changed if key not in ("out_dir", "resume")}
         if changed:
@@ -176,8 +183,13 @@ class Records:
 
 
 def files(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("checkpoint_*.pt"))
+    """The checkpoints in a folder, oldest first. Copies with other names do not count."""
+    numbered = [path for path in folder.glob("checkpoint_*.pt") if path.stem[11:].isdigit()]
+    return sorted(numbered, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem[11:])  # checkpoint_0000250
 
 
 def find(source: str) -> Path | None:
@@ -215,6 +227,7 @@ def newest(folder: Path) -> dict | None:
     for path in reversed(paths):
         try:
             content = read(path)
+            content["settings"]["out_dir"] = str(folder)  # it may have been moved
             say(f"resuming from {path}", flush=True)
             return content
         except UserError as error:
@@ -240,8 +253,9 @@ class Saver:
     Rank 0 copies the state, and a thread writes it: training waits only for the copy, or for the
     previous write if it is not finished. A failed write is reported and does not stop the run.
     `parts` are objects with state_dict() and load_state_dict(), by name; one of them is the model.
-    There are no random states to save: without dropout, training draws no random numbers. Data
-    order and samples have generators of their own, seeded by --seed and the step.
+    There are no random states to save: without dropout, training draws no random numbers. (With
+    it, seed torch from --seed, the step and the rank before each step.) Data order and samples have
+    generators of their own.
     """
 
     def __init__(self, parts: dict, header: dict, runtime):
@@ -272,10 +286,14 @@ class Saver:
                     f"the checkpoint is of step {saved['step']}, the run ends at {steps}"
                 )
             for name, part in self.parts.items():
-                if saved[name]:  # a scaler that is not in use has no state
-                    part.load_state_dict(saved[name])
+                state = saved[name]
+                if "param_groups" in state:  # today's settings win over the optimizer's then
+                    state = {**state, "param_groups": part.state_dict()["param_groups"]}
+                if state:  # a scaler that is not in use has none
+                    part.load_state_dict(state)
             self.saved = saved["step"]
-        if self.runtime.sum(self.saved) != [self.saved * self.runtime.world]:
+        sums = self.runtime.sum(self.saved, self.saved**2)
+        if sums != [self.saved * self.runtime.world, self.saved**2 * self.runtime.world]:
             raise UserError("the ranks found different checkpoints; they must share one --out_dir")
         return self.saved
 
@@ -298,9 +316,10 @@ class Saver:
             with fineweb.whole_file(self.folder / f"checkpoint_{content['step']:07d}.pt") as file:
                 torch.save(content, file)
             keep_every = self.header["settings"]["keep_every"]
-            for old in files(self.folder)[:-2]:
-                if not keep_every or int(old.stem.split("_")[1]) % keep_every:
-                    old.unlink()
+            older = [path for path in files(self.folder) if step_of(path) < content["step"]]
+            for path in older[:-1]:
+                if not keep_every or step_of(path) % keep_every:
+                    path.unlink()
             return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             reason = getattr(error, "strerror", None) or first_line(error)
@@ -313,6 +332,7 @@ class Saver:
         return self.writing.result() if self.writing else ""
 
     def diverged(self, step: int, loss: float, norm: float) -> UserError:
+        self.wait()
         last = (files(self.folder) or ["none"])[-1]
         what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last}"
         hint = "try --resume --dtype float32, or --init_from it with a lower --learning_rate"

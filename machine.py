@@ -54,6 +54,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         if name == "cuda":  # torchrun starts one process per GPU and numbers them
             device = torch.device("cuda", int(os.getenv("LOCAL_RANK", "0")))
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         if device.type == "cpu":
             keep_freed_memory()

@@ -112,16 +112,14 @@ class CausalSelfAttention(nn.Module):
 
 class KVCache:
     """The keys and values of the S tokens that a model has read, so a new token costs only itself.
-
-    A token never sees a later one, so its key and value never change.
-    """
+    They never change, because no token sees a later one."""
 
     def __init__(self):
         self.layers = {}  # layer -> keys and values, (B, H, S, D) each
 
     @property
     def length(self) -> int:
-        return self.layers[0][0].size(2) if self.layers else 0  # S
+        return self.layers[0][0].size(2) if self.layers else 0  # S, between calls of `hidden`
 
     def update(self, layer: int, k, v):
         """Append the keys and values of T tokens, (B, H, T, D) each -> all of the layer's."""
@@ -163,7 +161,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: a decoder-only transformer with LayerNorm before each sublayer (GPT-2 paper, 2.3).
 
-    The parameters have the published checkpoint's names, so its weights load directly.
+    The parameters have the published checkpoint's names, so its weights load directly. There is no
+    dropout, so nothing here needs model.eval() and model.train().
     """
 
     new_cache = KVCache  # for hellaswag.py, which cannot import this file
@@ -246,8 +245,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
         """Load a published model (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a transformers folder.
 
-        Its vocabulary stays unpadded: GPT-2's logits are around -35 and lower, so a padded row of
-        zeros, with logit 0, would always win. Raises UserError if that is not a GPT-2.
+        The vocabulary stays unpadded: GPT-2's logits are around -35, so a padded row of zeros, with
+        logit 0, would always win. Raises UserError if that is not a GPT-2.
         """
         import transformers  # only here, because it takes seconds and training does not need it
 
@@ -346,9 +345,7 @@ class TrainConfig:
     prompt: str = setting("Hello, I'm a language model,", "text that samples continue")  # lecture
     seed: int = setting(1337, "random seed for weights, data order and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first that works")
-    dtype: str = setting(
-        "auto", "dtype of matrix products", choices="auto bfloat16 float16 float32"
-    )
+    dtype: str = setting("auto", "matrix products", choices="auto bfloat16 float16 float32")
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
     n_layer: int = setting(12, "number of layers")  # GPT-2 paper, table 2
@@ -380,6 +377,8 @@ class TrainConfig:
             least = 1 if name in positive else 0
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise UserError(f"--{name} {value} must be a number from {least} up")
+        if self.eval_only and (self.resume or not self.init_from):
+            raise UserError("--eval_only needs --init_from, and not --resume")
         if self.n_embd % self.n_head:
             what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
             raise UserError(f"{what}; try --n_head {math.gcd(self.n_embd, self.n_head)}")
@@ -402,7 +401,7 @@ PRESETS = {
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WITHOUT_PRESET = " (by default gpt2 if python fineweb.py has made edu_fineweb10B, else demo)"
 SHAPE = ("n_layer", "n_head", "n_embd")  # no flag can change these in a loaded model,
-FIXED = (*SHAPE, "seq_len", "batch_tokens", "seed", "optimizer")  # nor these in a resumed run
+FIXED = (*SHAPE, "preset", "seq_len", "batch_tokens", "seed", "optimizer")  # nor these on --resume
 
 
 def make_config(flags: dict, loaded: dict) -> TrainConfig:
@@ -416,6 +415,8 @@ def make_config(flags: dict, loaded: dict) -> TrainConfig:
         if name in flags and flags[name] != loaded.get(name, flags[name]):
             what = f"--{name} {flags[name]}: what was loaded has {loaded[name]}"
             raise UserError(f"{what}; leave the flag out, or start another run")
+    if "epochs" in flags:
+        flags = {"max_steps": 0, **flags}
     data = here / ("input.txt" if preset == "demo" else "edu_fineweb10B")
     merged = {"data": str(data), **PRESETS[preset], **loaded, **flags, "preset": preset}
     known = {f.name for f in dataclasses.fields(TrainConfig)}
@@ -442,10 +443,8 @@ def make_config(flags: dict, loaded: dict) -> TrainConfig:
 
 
 class Runtime:
-    """Where this process runs: as rank `rank` of `world` processes, on a device of its own.
-
-    torchrun starts the processes and numbers them; without it there is one, rank 0.
-    """
+    """Where this process runs: as rank `rank` of `world` processes, on its own device. torchrun
+    starts the processes and numbers them; without it there is one, rank 0."""
 
     def __init__(self, config: TrainConfig):
         self.rank = int(os.getenv("RANK", "0"))
@@ -493,7 +492,7 @@ class Runtime:
         """Copy CPU tokens to the device; on a GPU without waiting for it, from pinned memory."""
         if self.device_type == "cuda":
             tokens = tokens.pin_memory()
-        return tokens.to(self.device, non_blocking=True)
+        return tokens.to(self.device, non_blocking=self.device_type == "cuda")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -580,9 +579,10 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 
     Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
     """
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    blocks = set(model.transformer.h.parameters())
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p in blocks]
+    embeddings = [p for p in model.parameters() if p.dim() > 1 and p not in set(matrices)]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizers = []
     if config.optimizer == "muon":
         # Beyond the lecture ("Muon: An optimizer for hidden layers in neural networks", Jordan,
@@ -659,7 +659,7 @@ def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
     norm = nn.utils.clip_grad_norm_(ddp.parameters(), config.grad_clip or math.inf)
     # Until here Python has only queued work. Now it asks for numbers and waits until the GPU has
     # them. A clock needs no torch.cuda.synchronize, and nothing else in a step waits.
-    loss, norm, stops = runtime.sum(total, norm, stop)
+    loss, norm, stops = runtime.sum(total, norm, bool(stop))
     loss, norm = loss / runtime.world, norm / runtime.world
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -684,10 +684,8 @@ def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
 
 @torch.no_grad()
 def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float, float]:
-    """The mean loss of the first --val_tokens tokens -> nats per token, bits per byte.
-
-    The tokens are the same for any batch and number of ranks, so any two runs can be compared.
-    """
+    """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte. Any
+    batch and number of ranks reads the same tokens, so any two runs can be compared."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0
@@ -782,8 +780,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
     if model is None:
         torch.manual_seed(config.seed)
-        shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
-        model = GPT(GPTConfig(seq_len=config.seq_len, **shape))
+        model = GPT(GPTConfig(seq_len=config.seq_len, **{n: getattr(config, n) for n in SHAPE}))
     model.to(runtime.device)
     if config.seq_len > model.config.seq_len:
         what = f"--seq_len {config.seq_len} is more than {config.init_from} can take"
@@ -815,31 +812,33 @@ def main(argv: list[str] | None = None) -> None:
     reader = ThreadPoolExecutor(1)  # reads the next batch while the GPU computes
     ahead = reader.submit(batches, first)
     stopped = False
-    for step in range(first, steps + 1):  # `step` updates are done
-        if stopped:
-            break
-        if due(config.checkpoint_every, step, steps):
-            saver.save(step)
-        if due(config.val_every, step, steps):
-            show_validation(step, model, val_loader, config, micro_batch, records, runtime)
-        if due(config.hellaswag_every, step, steps):
-            show_hellaswag(step, model, examples, records, runtime)
-        if due(config.sample_every, step, steps):
-            show_samples(step, model, config, records, runtime)
-        if step == steps:
-            break
-        began = time.perf_counter()
-        batch = runtime.to_device(ahead.result())
-        ahead = reader.submit(batches, step + 1)
-        lr = learning_rate((step + 1) * config.batch_tokens, steps * config.batch_tokens, config)
-        with machine.one_line_if_out_of_memory(micro_batch):
-            loss, norm, stopped = train_step(
-                ddp, optimizers, scaler, batch, lr, bool(stop), config, runtime
+    with machine.one_line_if_out_of_memory(micro_batch):
+        for step in range(first, steps + 1):  # `step` updates are done
+            if stopped:
+                break
+            if due(config.checkpoint_every, step, steps):
+                saver.save(step)
+            if due(config.val_every, step, steps):
+                show_validation(step, model, val_loader, config, micro_batch, records, runtime)
+            if due(config.hellaswag_every, step, steps):
+                show_hellaswag(step, model, examples, records, runtime)
+            if due(config.sample_every, step, steps):
+                show_samples(step, model, config, records, runtime)
+            if step == steps:
+                break
+            began = time.perf_counter()
+            batch = runtime.to_device(ahead.result())
+            ahead = reader.submit(batches, step + 1)
+            lr = learning_rate(
+                (step + 1) * config.batch_tokens, steps * config.batch_tokens, config
             )
-        # In float16 the norm may overflow, and the scale is halved. Otherwise the scale is 1.
-        if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
-            raise saver.diverged(step, loss, norm)
-        records.train(step, time.perf_counter() - began, loss=loss, lr=lr, grad_norm=norm)
+            loss, norm, stopped = train_step(
+                ddp, optimizers, scaler, batch, lr, stop, config, runtime
+            )
+            # In float16 the norm may overflow, and the scale is halved. Otherwise the scale is 1.
+            if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
+                raise saver.diverged(step, loss, norm)
+            records.train(step, time.perf_counter() - began, loss=loss, lr=lr, grad_norm=norm)
     saver.close(step)
     if stopped:
         runtime.print(f"stopped by {stop} after step {step}; run it again with --resume")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SCRIPT, TINY, losses, make_shards, run
+from helpers import SCRIPT, TINY, losses, make_shards, records, run
 from night import LONG, RUN, STEPS, copy, facts, quiet_run, recorded, start, wait_for
 
 import checkpoint
@@ -43,24 +43,46 @@ def test_signal_then_resume(quiet, name):
 
 
 def test_resume_takes_settings_from_the_checkpoint(quiet):
-    """--resume alone goes on, also with no checkpoint yet; another run is refused by name."""
+    """--resume alone continues, also with no checkpoint yet; what is given besides wins, is printed
+    and recorded, except what would move the data or reshape the model."""
     done = run(quiet, *TINY[:2], "--out_dir", "fresh", "--resume", *RUN)
     assert done.returncode == 0 and "from the beginning" in done.stdout
     assert facts(quiet / "fresh") == facts(quiet / "quiet")
 
     folder = copy(quiet, "more")
-    refused = run(quiet, "--out_dir", "more", "--resume", "--learning_rate", "0.5")
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    assert "--learning_rate 0.5" in refused.stderr
+    for flags in (["--seq_len", 8], ["--seed", 2], ["--optimizer", "muon"]):
+        refused = run(quiet, "--out_dir", "more", "--resume", *flags)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+        assert f"{flags[0]} {flags[1]}: " in refused.stderr
     taken = ["--max_steps", 165, "--micro_batch", 2, "--checkpoint_every", 1, "--keep_every", 2]
+    taken += ["--weight_decay", 0.25]
     taken = run(quiet, "--out_dir", "more", "--resume", *taken)
     assert taken.returncode == 0, taken.stderr
     assert "resuming from" in taken.stdout and len(losses(folder)) == 165
-    assert torch.load(max(folder.glob("*.pt")), weights_only=True)["settings"]["seq_len"] == 16
+    content = torch.load(max(folder.glob("*.pt")), weights_only=True)
+    assert content["settings"]["seq_len"] == 16
+    assert [group["weight_decay"] for group in content["AdamW"]["param_groups"]] == [0.25, 0.0]
+    (changed,) = records(folder, "resume")
+    assert (changed["step"], changed["weight_decay"], changed["max_steps"]) == (160, 0.25, 165)
+    assert "'weight_decay': 0.25" in taken.stdout
     kept = [int(path.stem.split("_")[1]) for path in sorted(folder.glob("*.pt"))]
     assert kept == [120, 160, 162, 164, 165], "the newest two, and every second one"
     anew = run(quiet, *RUN, "--out_dir", "more")
     assert anew.returncode == 2 and "--resume" in anew.stderr and len(losses(folder)) == 165
+
+
+def test_what_a_folder_goes_through(quiet):
+    """It is moved, a checkpoint is copied under another name, a power cut leaves half a record."""
+    folder = copy(quiet, "moved")
+    (folder / "checkpoint_0000160.pt").unlink()
+    shutil.copy(folder / "checkpoint_0000120.pt", folder / "checkpoint_best.pt")
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\0\xff" * 100 + b"\n")
+    done = run(quiet, "--out_dir", "moved", "--resume")
+    assert done.returncode == 0 and "checkpoint_0000120.pt" in done.stdout, done.stderr
+    assert facts(folder) == facts(quiet / "quiet")
+    left = {path.name for path in folder.glob("*.pt")}
+    assert left == {f"checkpoint_{name}.pt" for name in ("0000120", "0000160", "best")}
 
 
 def damage(path: Path, how: str) -> None:
@@ -70,13 +92,13 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes({"truncated": content[: len(content) // 2], "empty": b""}.get(how, content))
 
 
-def test_damaged_checkpoints(quiet):
+def test_damaged_checkpoints(quiet, capsys):
     """A damaged newest checkpoint is named and the one before taken; if none is whole, one line."""
     for how in ("truncated", "empty", "flipped"):
         folder = copy(quiet, f"damaged_{how}")
         damage(folder / "checkpoint_0000160.pt", how)
-        content, told = checkpoint.newest(folder)
-        assert content["step"] == 120 and "checkpoint_0000160.pt is not a whole checkpoint" in told
+        assert checkpoint.newest(folder)["step"] == 120
+        assert "checkpoint_0000160.pt is not a whole checkpoint" in capsys.readouterr().out
     done = run(quiet, "--out_dir", folder.name, "--resume")
     assert done.returncode == 0, done.stderr
     assert "checkpoint_0000160.pt is not a whole checkpoint" in done.stdout
