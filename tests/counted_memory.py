@@ -1,4 +1,4 @@
-"""Counts the memory of tensors that have no numbers: on the meta device, or torch's fake tensors."""
+"""Counts the memory of tensors without numbers: on the meta device, or torch's fake tensors."""
 
 import weakref
 

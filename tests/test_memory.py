@@ -1,4 +1,4 @@
-"""The arithmetic behind the default micro-batch, against simulations of the memory that it predicts.
+"""The arithmetic behind the default micro-batch, against simulations of the memory it predicts.
 
 Eagerly, the training step itself runs here on fake tensors, which have shapes and lifetimes but no
 numbers. Compiled, the peaks are those of inductor's own CUDA code, from runs/roofline/memory.json

@@ -7,8 +7,8 @@ Inductor writes the CUDA code of a training step (cuda_code.py), and a run of th
 GPU lists what it launches (launches.py). A launch takes at least as long as its bytes take through
 the GPU's memory, and at least as long as its operations take on the tensor cores, both by the data
 sheet: the longer of the two is its time here. No real kernel reaches either, and the gaps between
-launches count as nothing; only the GPU's cache could save some of the bytes. So the sum is about the
-least time that a step can take: computed, not measured.
+launches count as nothing; only the GPU's cache could save some of the bytes. So the sum is about
+the least time that a step can take: computed, not measured.
 
 It writes roofline.json, roofline.txt and roofline.png.
 """
@@ -31,9 +31,9 @@ from triton_kernels import compile_kernel
 
 from train_gpt2 import GPT, GPTConfig
 
-# What others measured, in milliseconds a step. The lecture: one A100, 16 x 1024 tokens. llm.c: eight
-# GPUs of 64 x 1024 each, the exchange of gradients included (300 ms: run_gpt2_124M.sh in llm.c; 140
-# ms: the records of modded-nanogpt).
+# What others measured, in milliseconds a step. The lecture: one A100, 16 x 1024 tokens. llm.c:
+# eight GPUs of 64 x 1024 each, the exchange of gradients included (300 ms: run_gpt2_124M.sh in
+# llm.c; 140 ms: the records of modded-nanogpt).
 QUOTED = {
     ("a100", 16): (90.0, "the lecture"),
     ("a100", 64): (300.0, "llm.c"),
