@@ -141,9 +141,8 @@ def keep_freed_memory() -> bool:
 # against the code that the compiler writes for a GPU, where the step above takes 31.0 GB.
 
 
-def step_bytes(model, tokens: int, compiled: bool, dtype: torch.dtype, world: int = 1) -> int:
-    """The peak memory of training `model` with micro-batches of so many tokens, in bytes."""
-    c = model.config
+def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: int = 1) -> int:
+    """Bytes at the peak of a training step with micro-batches of so many tokens; c is a GPTConfig."""
     size = 4 if dtype == torch.float32 else 2  # of an activation
     per_parameter = 16 if dtype == torch.float32 else 18
     if world > 1:
@@ -151,8 +150,7 @@ def step_bytes(model, tokens: int, compiled: bool, dtype: torch.dtype, world: in
     activations = (c.n_layer + 1) * (2 * 4 + 14 * size) * c.n_embd
     logits = (size if compiled else 3 * 4) * c.vocab_size
     if compiled and c.vocab_size % 8:
-        logits *= 2  # the compiler pads a ragged matrix, in a copy
-    parameters = sum(p.numel() for p in model.parameters())
+        logits *= 3  # the compiler pads ragged matrices, in copies
     return per_parameter * parameters + tokens * (activations + logits)
 
 
@@ -174,10 +172,11 @@ def choose_micro_batch(config, model, compiled: bool, runtime) -> int:
     if runtime.device_type != "cuda":  # larger is not faster there
         return max(n for n in sizes if n == 1 or n * config.seq_len <= 8192)
     free = 0.9 * torch.cuda.mem_get_info(runtime.device)[0]  # a tenth for CUDA and fragments
+    parameters = sum(p.numel() for p in model.parameters())
     best = 1
     for n in sizes:
         tokens = n * config.seq_len
-        need = step_bytes(model, tokens, compiled, runtime.dtype, runtime.world)
+        need = step_bytes(model.config, parameters, tokens, compiled, runtime.dtype, runtime.world)
         if tokens <= 65536 and need <= free:
             best = n
     smallest = torch.tensor(best, device=runtime.device)

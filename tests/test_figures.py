@@ -224,6 +224,7 @@ def test_micro_batch_table(preset, monkeypatch):
     sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig(**sizes))
+    count = sum(p.numel() for p in model.parameters())
     cpu = torch.device("cpu")
     gpu = SimpleNamespace(world=1, device_type="cuda", device=cpu, dtype=torch.bfloat16)
     shown = []
@@ -231,7 +232,7 @@ def test_micro_batch_table(preset, monkeypatch):
         free = gigabytes * 10**9
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         rows = machine.choose_micro_batch(config, model, True, gpu)
-        need = machine.step_bytes(model, rows * config.seq_len, True, torch.bfloat16)
+        need = machine.step_bytes(model.config, count, rows * config.seq_len, True, gpu.dtype)
         shown.append(str(rows) if need <= 0.9 * free else "-")
     (row,) = re.findall(rf"^\| `{preset}` \|.*$", README, re.MULTILINE)
     assert row.endswith(f" | {' | '.join(shown)} |")

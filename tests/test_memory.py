@@ -13,7 +13,8 @@ from counted_memory import CountedMemory
 from helpers import ROOT
 from torch._subclasses import FakeTensorMode
 
-from train_gpt2 import GPT, PRESETS, GPTConfig, step_bytes
+from machine import step_bytes
+from train_gpt2 import GPT, PRESETS, GPTConfig
 
 SIZES = ("seq_len", "n_layer", "n_head", "n_embd")
 COMPILED = json.loads((ROOT / "runs" / "roofline" / "memory.json").read_text())
@@ -62,8 +63,7 @@ def eager_peak(config, micro_batch: int, dtype: torch.dtype, train=True) -> tupl
 def test_eager_memory(preset, micro_batch, dtype):
     config = network(preset)
     parameters, peak = eager_peak(config, micro_batch, dtype)
-    half = dtype != torch.float32
-    predicted = step_bytes(config, parameters, micro_batch * config.seq_len, False, half)
+    predicted = step_bytes(config, parameters, micro_batch * config.seq_len, False, dtype)
     assert peak <= predicted <= 1.05 * peak
 
 
@@ -77,8 +77,8 @@ def test_validation_needs_less(dtype):
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case["name"])
 def test_compiled_memory(case):
     config = network(case["preset"], case["vocab_size"])
-    half = case["dtype"] != "float32"
+    dtype = getattr(torch, case["dtype"])
     tokens = case["micro_batch"] * config.seq_len
-    predicted = step_bytes(config, case["parameters"], tokens, True, half)
+    predicted = step_bytes(config, case["parameters"], tokens, True, dtype)
     # The demo needs 0.193 GB and 0.186 are predicted. No GPU is too small for 10 MB more.
     assert case["peak_bytes"] - 10e6 <= predicted <= 1.15 * case["peak_bytes"]
