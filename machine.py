@@ -142,7 +142,7 @@ def keep_freed_memory() -> bool:
 
 
 def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: int = 1) -> int:
-    """Bytes at the peak of a training step with micro-batches of so many tokens; c is a GPTConfig."""
+    """Bytes at the peak of a step with micro-batches of so many tokens. `c` is a GPTConfig."""
     size = 4 if dtype == torch.float32 else 2  # of an activation
     per_parameter = 16 if dtype == torch.float32 else 18
     if world > 1:
