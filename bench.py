@@ -1,17 +1,18 @@
-"""
-The lecture's section 2, "make it fast" (1:22:18), as a command: its ladder, climbed here.
+"""Measure what each speedup of the lecture's section 2, "make it fast" (1:22:18), gains here.
 
     python bench.py                        # GPT-2 (124M)
-    python bench.py --network demo         # the small network of train_gpt2.py's demo
+    python bench.py --network demo         # the small model of train_gpt2.py's demo
     python bench.py --json bench.json && python plot.py bench.json       # as a bar chart
 
-Each rung stands on all those before it. What is timed is train_gpt2.py's own network and its
-train_step; what a rung lacks is taken away from outside, in a process that measures this rung
-alone. A round takes every rung in turn, so that a machine that is busy for a while is so for all.
+The ladder starts from float32, and each rung adds one speedup to those before it. All rungs time
+train_gpt2.py's model and train_step, which have every speedup. So each rung runs in its own process
+and first removes the speedups above it. What remains is the lecture's program at that point: eager
+before "torch.compile", and with whole attention scores in memory before "flash attention". Each
+round measures every rung, so a temporary load on the machine affects all of them.
 """
 
 import argparse
-import functools
+import dataclasses
 import json
 import math
 import statistics
@@ -24,9 +25,10 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt2
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, UserError
+from fineweb import OneLineParser, UserError, run_command
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
-# The rungs, and milliseconds a step on the lecture's A100 with 16 x 1024 tokens, by its chapters.
+# Each rung, and its milliseconds per step of 16 x 1024 tokens on the lecture's A100.
 RUNGS = {
     "float32": 1000,
     "TF32": 333,
@@ -35,100 +37,106 @@ RUNGS = {
     "flash attention": 96,
     "vocabulary 50304": 93,
     "fused AdamW": 90,
-    "freed memory kept": None,
+    "freed memory kept": None,  # ours, for CPUs
 }
-A100_TFLOPS = 312
+A100_IDEAL_MS = 44.9  # 16,384 tokens x 0.855 GFLOP / 312 TFLOP/s, the data sheet's bfloat16
 
 
-def written_out(q, k, v, is_causal=True):
-    """Attention as the lecture first writes it, its scores whole in memory. (B, H, T, D) each."""
+def plain_attention(q, k, v, mask=None, is_causal=True):
+    """Attend as the lecture does at first, with all scores in memory. (B, H, T, D) each."""
     T = q.size(2)
     scores = (q @ k.transpose(2, 3)) / math.sqrt(q.size(3))  # -> (B, H, T, T)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, -torch.inf).softmax(dim=3) @ v  # -> (B, H, T, D)
 
 
-def without_fused(adamw, *args, fused, **options):
-    return adamw(*args, **options)
-
-
-def network_config(args) -> TrainConfig:
-    """The settings to measure with: the preset's network; 16 x 1024 tokens on a GPU as the lecture,
-    4 x 256 on a CPU, for the demo its own 24 x 32; or what the flags say."""
-    row = PRESETS[args.network]
-    rows, seq_len = (24, row["seq_len"]) if args.network == "demo" else (16, 1024)
-    if args.device == "cpu" and args.network != "demo":
-        rows, seq_len = 4, 256
+def make_config(args, dtype: str) -> TrainConfig:
+    """Take a preset's model, and a batch of one micro-batch."""
+    micro_batch, seq_len = 16, 1024  # the lecture's
+    if args.device == "cpu":
+        micro_batch, seq_len = 4, 256
+    if args.network == "demo":
+        micro_batch, seq_len = 24, 32
+    micro_batch = args.micro_batch or micro_batch
     seq_len = args.seq_len or seq_len
-    rows = rows if args.micro_batch is None else args.micro_batch
-    sizes = {size: row[size] for size in ("n_layer", "n_head", "n_embd")}
-    batch = dict(batch_tokens=(rows or 512) * seq_len, seq_len=seq_len, micro_batch=rows)
-    return TrainConfig(**sizes, **batch, device=args.device)
+    batch = dict(micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len)
+    preset = TrainConfig(**PRESETS[args.network])
+    return dataclasses.replace(preset, **batch, device=args.device, dtype=dtype, compile=None)
 
 
-def synchronize(runtime) -> None:
-    if runtime.kind != "cpu":
-        getattr(torch, runtime.kind).synchronize()
+def median_seconds(work, warmup: int, times: int, runtime) -> float:
+    """Call work() `warmup` + `times` times -> the median time of the latter."""
+    synchronize = getattr(torch, runtime.kind).synchronize  # waits for a GPU; no-op on a CPU
+    seconds = []
+    for _ in range(warmup + times):
+        synchronize()
+        start = time.perf_counter()
+        work()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warmup:])
 
 
 def peak_memory(runtime) -> int:
-    """The most bytes that were in use, on the GPU or by the process; 0 where nothing tells."""
+    """Return the most bytes used so far, on the GPU or by this process; 0 if nothing counts them."""
     if runtime.kind == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":  # it has no resource module
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_rung(rung: str, args) -> dict:
-    """Time the steps of one rung, after a warm-up -> what was found, or why it is not on here."""
-    on = list(RUNGS)[: list(RUNGS).index(rung) + 1]
-    config = network_config(args)
+    """Time the training steps of a rung, after a warmup -> its figures, or why it is skipped."""
+    names = list(RUNGS)
+    enabled = names[: names.index(rung) + 1]
+    config = make_config(args, dtype="auto" if "bfloat16" in enabled else "float32")
+    if "freed memory kept" not in enabled:
+        train_gpt2.keep_freed_memory = lambda: False
     runtime = train_gpt2.Runtime(config)
-    if rung == "TF32" and not (runtime.kind == "cuda" and runtime.best_dtype() == "bfloat16"):
-        return {"skipped": "only NVIDIA's GPUs have it, from Ampere on"}
+    keeps_memory = runtime.kind == "cpu" and train_gpt2.keep_freed_memory()
+    ampere = runtime.kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    if rung == "TF32" and not ampere:
+        return {"skipped": "needs an NVIDIA GPU, Ampere or newer"}
     if rung == "bfloat16" and runtime.dtype == torch.float32:
-        return {"skipped": "this processor has no instructions for it"}
-    keep = rung == "freed memory kept"
-    if keep and not (runtime.kind == "cpu" and train_gpt2.keep_freed_memory()):
-        return {"skipped": "only for a CPU with glibc"}
-    if "bfloat16" not in on:
-        runtime.dtype = torch.float32
-    if "TF32" not in on:
+        return {"skipped": "needs a processor with instructions for it"}
+    if rung == "freed memory kept" and not keeps_memory:
+        return {"skipped": "needs a CPU, and glibc"}
+
+    # Take away what this rung does not have yet.
+    if "TF32" not in enabled:
         torch.set_float32_matmul_precision("highest")
-    if "flash attention" not in on:
-        F.scaled_dot_product_attention = written_out
-    if "fused AdamW" not in on:
-        torch.optim.AdamW = functools.partial(without_fused, torch.optim.AdamW)
-    vocab_size = 50304 if "vocabulary 50304" in on else 50257
+    if "flash attention" not in enabled:
+        F.scaled_dot_product_attention = plain_attention
+    if "fused AdamW" not in enabled:
+        adamw = torch.optim.AdamW
+        torch.optim.AdamW = lambda *args, fused, **options: adamw(*args, **options)
     torch.manual_seed(config.seed)
+    vocab_size = 50304 if "vocabulary 50304" in enabled else 50257
     sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(GPTConfig(config.seq_len, vocab_size, **sizes)).to(runtime.device)
-    if "torch.compile" in on:
-        compiled = train_gpt2.compile_in_place(model, config, runtime) == "compiled"
-        if rung == "torch.compile" and not compiled:
-            return {"skipped": "no compiler works here"}
-    rows = train_gpt2.choose_micro_batch(config, model, runtime)
+    if "torch.compile" in enabled:
+        how = train_gpt2.compile_in_place(model, config, runtime)
+        if rung == "torch.compile" and how != "compiled":
+            return {"skipped": "needs a working compiler"}
     optimizers = train_gpt2.make_optimizers(model, config)
-    half = runtime.dtype == torch.float16  # a small scale, so that no step is left out
-    scaler = torch.amp.GradScaler(runtime.kind, init_scale=1024, enabled=half)
-    tokens = torch.randint(50257, (1, rows, config.seq_len + 1)).to(runtime.device)
-    batch, seconds = (tokens[..., :-1], tokens[..., 1:]), []
-    if runtime.kind == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for step in range(args.warmup + args.steps):
-        synchronize(runtime)
-        began = time.perf_counter()
+    # The usual first scale, 65536, could overflow, and such a step is without an update.
+    float16 = runtime.dtype == torch.float16
+    scaler = torch.amp.GradScaler(runtime.kind, init_scale=1024, enabled=float16)
+
+    tokens = torch.randint(50257, (1, config.micro_batch, config.seq_len + 1)).to(runtime.device)
+    batch = tokens[..., :-1], tokens[..., 1:]
+
+    def step():
         train_gpt2.train_step(model, model, optimizers, scaler, batch, 6e-4, config, runtime)
-        synchronize(runtime)
-        if step >= args.warmup:
-            seconds.append(time.perf_counter() - began)
+
+    seconds = median_seconds(step, args.warmup, args.steps, runtime)
     return dict(
-        ms=1000 * statistics.median(seconds),
-        micro_batch=rows,
+        ms=1000 * seconds,
+        micro_batch=config.micro_batch,
         seq_len=config.seq_len,
         flops_per_token=model.flops_per_token(config.seq_len),
         memory=peak_memory(runtime),
@@ -140,65 +148,62 @@ def measure_rung(rung: str, args) -> dict:
 
 
 def measure_peak(args) -> dict:
-    """The operations a second of a matrix product of 4096 x 4096, in bfloat16 where that is on."""
+    """Time the product of two large matrices, in bfloat16 if it is fast here -> FLOP/s."""
     runtime = train_gpt2.Runtime(TrainConfig(device=args.device))
-    N, times = 4096, 20 if runtime.kind == "cuda" else 1  # a GPU takes less for one than for asking
-    a, b = (torch.randn(N, N, device=runtime.device).to(runtime.dtype) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        synchronize(runtime)
-        began = time.perf_counter()
-        for _ in range(times):
-            a @ b
-        synchronize(runtime)
-        seconds.append(time.perf_counter() - began)
-    return {"peak": times * 2 * N**3 / statistics.median(seconds[2:])}
+    N = 4096 if runtime.kind == "cpu" else 8192  # on a GPU 4096 is too short to time
+    a, b = torch.randn(2, N, N, device=runtime.device).to(runtime.dtype)
+    return {"peak": 2 * N**3 / median_seconds(lambda: a @ b, 2, 6, runtime)}
 
 
-def in_a_process_of_its_own(what: str, argv: list[str], more: list[str]) -> dict:
-    command = [sys.executable, str(Path(__file__).resolve()), *argv, *more, "--only", what]
+def run_rung(rung: str, argv: list[str]) -> dict:
+    """Measure a rung, or "peak", in its own process. Raises UserError if that fails."""
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--only", rung]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode == 2:  # it has said why
+    if done.returncode == 2:  # the process has printed its error
         sys.exit(2)
-    if done.returncode:
-        hint = "for lack of memory perhaps; try a smaller --micro_batch"
-        raise UserError(f"the process that measures {what} was ended ({done.returncode}), {hint}")
+    if done.returncode == -9:  # SIGKILL, by which Linux ends a process when memory is short
+        return {"skipped": "killed, probably for lack of memory; try a smaller --micro_batch"}
+    if done.returncode != 0:
+        raise UserError(f"{rung}: the process that measures it failed (status {done.returncode})")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def climb(args, argv: list[str]) -> dict:
-    """All rungs, `args.rounds` times -> what --json writes."""
-    found, skipped, peaks, more = {}, {}, [], []
+def measure_all(args, argv: list[str]) -> dict:
+    """Measure all rungs up to --until, --rounds times -> what --json writes."""
+    names = list(RUNGS)
+    results = {name: [] for name in names[: names.index(args.until) + 1]}
+    skipped = {}
+    peaks = []
     for turn in range(args.rounds):
         if args.measure_peak:
-            peaks.append(in_a_process_of_its_own("peak", argv, [])["peak"])
-        for rung in list(RUNGS)[: list(RUNGS).index(args.until) + 1]:
-            if rung in skipped:
-                continue
-            result = in_a_process_of_its_own(rung, argv, more)
+            peaks.append(run_rung("peak", argv)["peak"])
+        for rung in list(results):
+            result = run_rung(rung, argv)
             if "skipped" in result:
                 skipped[rung] = result["skipped"]
-                found.pop(rung, None)
+                del results[rung]
                 continue
-            # What "auto" found for the first rung is for all.
-            more = ["--micro_batch", str(result["micro_batch"])]
-            found.setdefault(rung, []).append(result)
+            results[rung].append(result)
             print(f"round {turn + 1}, {rung}: {result['ms']:.1f} ms", file=sys.stderr, flush=True)
-    if not found:
+    if not results:
         raise UserError(f"no rung can be measured: {next(iter(skipped.values()))}")
-    one = next(iter(found.values()))[0]
-    peak = statistics.median(peaks) if peaks else one["published_peak"]
-    tokens, rungs = one["micro_batch"] * one["seq_len"], []
-    for name, results in found.items():
-        each_ms = [result["ms"] for result in results]
-        speed = 1000 * tokens / statistics.median(each_ms)
-        row = dict(name=name, ms=statistics.median(each_ms), each_ms=each_ms)
-        row |= dict(tokens_per_second=speed, dtype=results[0]["dtype"])
-        row |= dict(mfu=speed * results[0]["flops_per_token"] / peak if peak else None)
-        rungs.append(row | dict(memory=max(result["memory"] for result in results)))
+
+    first = next(iter(results.values()))[0]
+    peak = statistics.median(peaks) if peaks else first["published_peak"]
+    rungs = []
+    for name, rounds in results.items():
+        each_ms = [result["ms"] for result in rounds]
+        ms = statistics.median(each_ms)
+        speed = first["micro_batch"] * first["seq_len"] / (ms / 1000)
+        row = dict(name=name, ms=ms, each_ms=each_ms, tokens_per_second=speed)
+        row["dtype"] = rounds[0]["dtype"]
+        row["mfu"] = speed * rounds[0]["flops_per_token"] / peak if peak else None
+        row["memory"] = max(result["memory"] for result in rounds)
+        rungs.append(row)
+    shared = {key: first[key] for key in ("device", "kind", "micro_batch", "seq_len")}
     return dict(
         network=args.network,
-        **{key: one[key] for key in ("device", "kind", "micro_batch", "seq_len")},
+        **shared,
         torch=str(torch.__version__),
         threads=torch.get_num_threads(),
         peak=peak,
@@ -208,31 +213,28 @@ def climb(args, argv: list[str]) -> dict:
     )
 
 
-def show(result: dict) -> None:
-    """The ladder as a table; last, the lecture's steps on its A100."""
-    print(
-        f"{result['network']} on {result['device']} ({result['kind']}),"
-        f" {result['micro_batch']} x {result['seq_len']} tokens a step"
-    )
-    columns = f"{'':18}{'ms a step':>10}{'least-most':>16}{'tokens/s':>11}"
-    print(columns + f"{'x before':>9}{'x start':>8}{'MFU':>7}{'memory':>9}{'A100 ms':>9}{'MFU':>6}")
-    first = before = result["rungs"][0]["ms"]
-    with torch.device("meta"):  # sizes without numbers
-        lecture = GPT(GPTConfig()).flops_per_token(1024)
+def print_table(result: dict) -> None:
+    """Print a line per rung, with the lecture's A100 in the last two columns."""
+    print(f"{result['network']} on {result['device']} ({result['kind']}),", end=" ")
+    print(f"{result['micro_batch']} x {result['seq_len']} tokens a step")
+    print(f"{'':18}{'ms a step':>10}{'least-most':>16}{'tokens/s':>11}{'x before':>9}", end="")
+    print(f"{'x start':>8}{'MFU':>7}{'memory':>9}{'A100 ms':>9}{'MFU':>6}")
+    first_ms = result["rungs"][0]["ms"]
+    ms_before = first_ms
     for row in result["rungs"]:
-        ms, theirs = row["ms"], RUNGS[row["name"]]
+        ms = row["ms"]
         spread = f"{min(row['each_ms']):.0f}-{max(row['each_ms']):.0f}"
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
-        line = f"{row['name']:18}{ms:10.1f}{spread:>16}{row['tokens_per_second']:11,.0f}"
         memory = f"{row['memory'] / 1e9:.2f} GB" if row["memory"] else "-"
-        line += f"{before / ms:9.2f}{first / ms:8.2f}{mfu:>7}{memory:>9}"
-        if theirs:
-            share = 16 * 1024 / (theirs / 1000) * lecture / (A100_TFLOPS * 1e12)
-            line += f"{theirs:9}{share:6.1%}"
+        line = f"{row['name']:18}{ms:10.1f}{spread:>16}{row['tokens_per_second']:11,.0f}"
+        line += f"{ms_before / ms:9.2f}{first_ms / ms:8.2f}{mfu:>7}{memory:>9}"
+        a100_ms = RUNGS[row["name"]]
+        if a100_ms:
+            line += f"{a100_ms:9}{A100_IDEAL_MS / a100_ms:6.1%}"
         print(line + ("  (float16 here)" if row["dtype"] == "float16" else ""))
-        before = ms
-    for name, why in result["skipped"].items():
-        print(f"{name:18}     left out: {why}")
+        ms_before = ms
+    for name, reason in result["skipped"].items():
+        print(f"{name:18}     skipped: {reason}")
     if result["peak"]:
         print(f"MFU: of {result['peak'] / 1e12:,.2f} TFLOP/s, {result['peak_is']}")
 
@@ -243,45 +245,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def rows_or_auto(text: str) -> int:
-    return 0 if text == "auto" else positive(text)
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = train_gpt2.OneLineParser("bench.py", description=__doc__.split("\n\n")[0])
+    parser = OneLineParser("bench.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--network", choices=["gpt2", "demo"], default="gpt2", help="(default: %(default)s)")
-    add("--device", default="auto", help="cuda or cpu (default: cuda where there is one)")
-    add("--micro_batch", type=rows_or_auto, help="sequences a step, or auto: as many as fit")
-    add("--seq_len", type=positive, help="tokens in a sequence")
-    add("--rounds", type=positive, default=3, help="(default: %(default)s)")
-    add("--steps", type=positive, default=5, help="timed, of each rung and round (default: 5)")
-    add("--warmup", type=positive, default=2, help="steps before them (default: %(default)s)")
-    add("--measure_peak", action="store_true", help="MFU against a matrix product timed here")
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--until", choices=list(RUNGS), default=list(RUNGS)[-1], help="the last rung to climb")
+    add("--network", choices=["gpt2", "demo"], default="gpt2", help="which model (default: gpt2)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cuda, mps or cpu (default here: %(default)s)")
+    add("--micro_batch", type=positive, help="sequences per step")
+    add("--seq_len", type=positive, help="tokens per sequence")
+    add("--rounds", type=positive, default=3, help="measurements of each rung (default: 3)")
+    add("--steps", type=positive, default=5, help="timed steps per measurement (default: 5)")
+    add("--warmup", type=positive, default=2, help="untimed steps before them (default: 2)")
+    add("--measure_peak", action="store_true", help="time a matrix product as MFU's 100%%")
+    add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    add("--until", choices=list(RUNGS), default="freed memory kept", help="the last rung")
     add("--only", choices=["peak", *RUNGS], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.only:
         try:
             result = measure_peak(args) if args.only == "peak" else measure_rung(args.only, args)
         except torch.OutOfMemoryError:
-            result = {"skipped": "the memory does not hold it; try --micro_batch auto"}
-        return print(json.dumps(result))
-    result = climb(args, argv)
-    show(result)
+            result = {"skipped": "out of memory; try a smaller --micro_batch"}
+        print(json.dumps(result))
+        return
+    result = measure_all(args, argv)
+    print_table(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("bench.py: interrupted")
-    except (UserError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command("bench.py", main)

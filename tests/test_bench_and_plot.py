@@ -1,4 +1,4 @@
-"""bench.py and plot.py, by their commands; and README.md's figures, from the records in runs/."""
+"""Test bench.py and plot.py, by their commands and by what they compute."""
 
 import itertools
 import json
@@ -35,33 +35,34 @@ def command(name, *flags, cwd=ROOT):
 
 
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch):
-    """A rung takes away from torch what it lacks, for good: in a process that is the tests' too."""
+def undo_patches(monkeypatch):
+    """Restore what a rung replaces, since these tests call it in their own process."""
     attention = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.AdamW)
+    keep = bench.train_gpt2.keep_freed_memory
+    monkeypatch.setattr(bench.train_gpt2, "keep_freed_memory", keep)
 
 
-def test_attention_written_out_is_attention():
+def test_plain_attention_equals_torch_s():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 7, 4)
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(bench.written_out(q, k, v), fused)
+    torch.testing.assert_close(bench.plain_attention(q, k, v), fused)
 
 
-def test_the_ladder(tmp_path):
-    """The first rungs that a CPU has, really climbed; sums are right; the picture shows it."""
-    climb = ["--micro_batch", 2, "--until", "torch.compile", "--json", "b.json"]
-    done = command("bench.py", *FAST, *climb, cwd=tmp_path)
+def test_the_command_measures_and_plots_the_first_rungs(tmp_path):
+    flags = ["--micro_batch", 2, "--until", "torch.compile", "--json", "b.json"]
+    done = command("bench.py", *FAST, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "b.json").read_text())
     names = [rung["name"] for rung in result["rungs"]]
-    assert [*names, *result["skipped"]][0] == "float32" and "TF32" in result["skipped"]
+    assert names[0] == "float32" and "TF32" in result["skipped"]
     assert {*names, *result["skipped"]} == set(list(bench.RUNGS)[:4])
     for rung in result["rungs"]:
         assert rung["tokens_per_second"] == pytest.approx(2 * 32 / rung["ms"] * 1000)
         assert rung["name"] in done.stdout and rung["mfu"] is None and rung["memory"] > 2e8
-    # The lecture's A100 beside it: 1000 ms for 16 x 1024 tokens are 4.5% of 312 TFLOP/s.
+    # The lecture's A100 took 1000 ms for 16 x 1024 tokens: 4.5% of 312 TFLOP/s.
     (first,) = [line for line in done.stdout.splitlines() if line.startswith("float32")]
     assert first.split()[-2:] == ["1000", "4.5%"]
     done = command("plot.py", "b.json", "--out", "b.png", cwd=tmp_path)
@@ -69,44 +70,38 @@ def test_the_ladder(tmp_path):
     assert matplotlib.image.imread(tmp_path / "b.png").std() > 0.05
 
 
-def test_rounds_take_turns(monkeypatch, capsys):
-    """Rung after rung and round after round; medians, MFU and the found micro-batch, by hand."""
-    asked, ms = [], iter([400, 300, 100, 410, 330, 110, 900, 310, 90])
-    lacking = {"TF32", "bfloat16", "vocabulary 50304", "fused AdamW", "freed memory kept"}
+def test_rounds_take_turns_and_the_table_is_right(monkeypatch, capsys):
+    """Medians, ratios and MFU are calculated by hand."""
+    asked = []
+    ms = iter([400, 300, 100, 410, 330, 110, 900, 310, 90])
+    missing = {"TF32", "bfloat16", "vocabulary 50304", "fused AdamW", "freed memory kept"}
 
-    def answer(what, argv, more):
-        asked.append((what, *more))
-        if what == "peak":
+    def answer(rung, argv):
+        asked.append(rung)
+        if rung == "peak":
             return {"peak": 1e12}
-        if what in lacking:
+        if rung in missing:
             return {"skipped": "not here"}
-        one = dict(
-            dtype="float32",
-            ms=next(ms),
-            micro_batch=8,
-            seq_len=100,
-            flops_per_token=10**8,
-            memory=len(asked),
-        )
-        return one | dict(device="x", kind="cpu", published_peak=None)
+        sizes = dict(micro_batch=8, seq_len=100, flops_per_token=10**8, memory=1)
+        machine = dict(device="x", kind="cpu", dtype="float32", published_peak=None)
+        return dict(ms=next(ms), **sizes, **machine)
 
-    monkeypatch.setattr(bench, "in_a_process_of_its_own", answer)
-    bench.main(["--rounds", "3", "--measure_peak", "--micro_batch", "auto"])
-    told = capsys.readouterr().out
-    found = ["peak", "float32", "torch.compile", "flash attention"]
-    assert [what for what, *_ in asked if what not in lacking] == found * 3
-    assert sum(what in lacking for what, *_ in asked) == len(lacking), "left out once, left out"
-    assert asked[1] == ("float32",) and asked[4] == ("torch.compile", "--micro_batch", "8")
-    rows = {line[:18].strip(): line[18:].split() for line in told.splitlines()}
-    # 800 tokens in 410 ms are 1951 a second, of 1e8 operations each: 19.5% of 1e12.
+    monkeypatch.setattr(bench, "run_rung", answer)
+    bench.main(["--rounds", "3", "--measure_peak"])
+    measured = ["peak", "float32", "torch.compile", "flash attention"]
+    assert [rung for rung in asked if rung not in missing] == measured * 3
+    assert sum(rung in missing for rung in asked) == len(missing), "skipped once, skipped always"
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:18].strip(): line[18:].split() for line in lines}
+    # 800 tokens in 410 ms are 1951 per second, of 1e8 operations each: 19.5% of 1e12.
     assert rows["float32"][:6] == ["410.0", "400-900", "1,951", "1.00", "1.00", "19.5%"]
     assert rows["torch.compile"][:5] == ["310.0", "300-330", "2,581", "1.32", "1.32"]
     assert rows["flash attention"][:5] == ["100.0", "90-110", "8,000", "3.10", "4.10"]
-    assert rows["flash attention"][-2:] == ["96", "46.8%"]  # as the lecture's chapters have it
-    assert rows["TF32"] == ["left", "out:", "not", "here"]
+    assert rows["flash attention"][-2:] == ["96", "46.8%"]  # the lecture's A100
+    assert rows["TF32"] == ["skipped:", "not", "here"]
 
 
-SEEN = ("dtype", "compiled", "written_out", "vocabulary", "fused", "memory_kept")
+SEEN = ("dtype", "compiled", "plain_attention", "vocabulary", "fused", "memory_kept")
 RUNG_BY_RUNG = {
     "float32": (torch.float32, False, True, 50257, None, False),
     "bfloat16": (torch.bfloat16, False, True, 50257, None, False),
@@ -119,14 +114,14 @@ RUNG_BY_RUNG = {
 
 
 @pytest.mark.parametrize("rung", RUNG_BY_RUNG)
-def test_a_rung_is_what_it_says(rung, monkeypatch, capsys):
-    """Seen from within train_step: each has what the ones before it had, and one thing more."""
-    seen, ours = dict(compiled=False, memory_kept=False), bench.train_gpt2
+def test_each_rung_adds_one_speedup(rung, monkeypatch, capsys):
+    seen = dict(compiled=False, memory_kept=False)
+    ours = bench.train_gpt2
 
     def look(model, ddp, optimizers, *rest):
         (fused,) = {group["fused"] for group in optimizers["adamw"].param_groups}
         attention = torch.nn.functional.scaled_dot_product_attention
-        seen.update(fused=fused, written_out=attention is bench.written_out)
+        seen.update(fused=fused, plain_attention=attention is bench.plain_attention)
         seen.update(vocabulary=model.config.vocab_size, dtype=rest[-1].dtype)
 
     def note(name, answer):
@@ -136,30 +131,40 @@ def test_a_rung_is_what_it_says(rung, monkeypatch, capsys):
     monkeypatch.setattr(ours, "compile_in_place", note("compiled", "compiled"))
     monkeypatch.setattr(ours, "keep_freed_memory", note("memory_kept", True))
     monkeypatch.setattr(ours.Runtime, "best_dtype", lambda self: "bfloat16")
-    # A clock that goes on by a second whenever it is read.
+    # A clock that advances by a second each time it is read.
     monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)
     bench.main([*FAST, "--only", rung])
-    told = json.loads(capsys.readouterr().out)
-    assert told["micro_batch"] == 24 and told["ms"] == 1000.0
+    result = json.loads(capsys.readouterr().out)
+    assert result["micro_batch"] == 24 and result["ms"] == 1000.0
     assert tuple(seen[name] for name in SEEN) == RUNG_BY_RUNG[rung]
 
 
-def test_bench_finds_the_micro_batch_and_the_peak(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench.train_gpt2, "train_step", lambda *_: None)
-    bench.main([*FAST, "--only", "float32", "--micro_batch", "auto"])
-    assert json.loads(capsys.readouterr().out)["micro_batch"] == 256  # of 32 tokens: 8192
-    # A clock that goes on by a second whenever it is read.
+def test_peak(monkeypatch, capsys):
+    """A product of two N x N matrices is 2 N^3 operations; by this clock it takes a second."""
     monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: None)
     bench.main([*FAST, "--only", "peak"])
     assert json.loads(capsys.readouterr().out)["peak"] == 2 * 4096**3
 
 
-def test_bench_says_in_one_line_what_is_wrong():
-    for flags in (["--micro_batch", "x"], ["--device", "q"]):
-        done = command("bench.py", *flags)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert done.stderr.startswith("bench.py: ")
+def test_a_rung_without_enough_memory_is_skipped(monkeypatch, capsys):
+    """Torch says so, or Linux kills the process; the other rungs are measured all the same."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.train_gpt2, "train_step", fail)
+    bench.main([*FAST, "--only", "float32"])
+    assert "out of memory" in json.loads(capsys.readouterr().out)["skipped"]
+    killed = subprocess.CompletedProcess([], -9)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: killed)
+    assert "lack of memory" in bench.run_rung("float32", [])["skipped"]
+
+
+def test_an_error_in_a_rung_s_process_is_one_line():
+    done = command("bench.py", "--device", "nonsense")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("bench.py: --device nonsense")
 
 
 # --------------------------------------------------------------------------------------------------
