@@ -1,5 +1,6 @@
 """Test bench.py and plot.py, by their commands and by what they compute."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -10,10 +11,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, run_all
+from helpers import ROOT, TINY, records, run
+from matplotlib.figure import Figure
 
 import bench
 import plot
+from fineweb import UserError
 
 FAST = ["--rounds", "1", "--steps", "1", "--warmup", "1", "--network", "demo", "--device", "cpu"]
 
@@ -172,87 +175,76 @@ def test_an_error_in_a_rung_s_process_is_one_line():
 
 
 @pytest.fixture(scope="module")
-def three_runs(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plot")
     flags = [*TINY, "--val_every", 2, "--val_tokens", 160, "--data", ROOT / "input.txt"]
-    ramp = ["--batch_tokens", 512, "--batch_ramp_tokens", 2048]
-    jobs = {"one": [], "seed": ["--seed", 2], "muon": ["--optimizer", "muon"], "ramp": ramp}
-    run_all(folder, {name: dict(flags=[*flags, *more]) for name, more in jobs.items()})
-    return folder
+    done = run(folder, *flags)
+    assert done.returncode == 0, done.stderr
+    return folder / "log"
 
 
-def test_what_is_drawn(three_runs):
-    """Against the records: tokens at every point, also of a growing batch; one label a kind."""
-    runs = [plot.read_run(three_runs / name) for name in ("one", "seed", "muon")]
-    assert plot.labels(runs) == ["optimizer adamw", "optimizer adamw", "optimizer muon"]
-    assert runs[0].tokens.tolist() == [0, 128, 256, 384, 512]
-    assert np.all(np.diff(runs[0].seconds) > 0)
-    # 1/16, 1/8 and 1/4 of 512 tokens, as the line from 1/16 at 0 to 1 at 2048 has them.
-    ramp = plot.read_run(three_runs / "ramp")
-    assert ramp.tokens.tolist() == [0, 32, 64, 96, 128]
-    import matplotlib.pyplot as plt
-
-    figure = plot.draw_runs(plt, runs, ["tokens", "seconds"])
-    assert len(figure.axes) == 2, "no HellaSwag in the records, none in the picture"
-    over_tokens = figure.axes[0]
-    dots = [line for line in over_tokens.lines if line.get_marker() == "o"]
-    recorded = [json.loads(line) for line in open(three_runs / "muon" / "metrics.jsonl")]
-    val = [record["loss"] for record in recorded if record["kind"] == "val"]
-    assert dots[2].get_xydata().tolist() == [list(p) for p in zip([0, 256, 512], val, strict=True)]
-    assert [text.get_text() for text in over_tokens.get_legend().texts] == [
-        "optimizer adamw",
-        "optimizer muon",
-    ]
-    assert not [text for text in over_tokens.texts if "3.2924" in text.get_text()]
-    colours = [line.get_color() for line in dots]
-    assert colours[0] == colours[1] != colours[2]
+def dots(panel) -> list[list]:
+    """The points that are drawn as dots, one list per run."""
+    return [line.get_xydata().tolist() for line in panel.lines if line.get_marker() == "o"]
 
 
-def test_lines_of_gpt2_stand_where_they_belong(three_runs):
-    """3.2924 for FineWeb-Edu alone; HellaSwag's three beside its records."""
-    import matplotlib.pyplot as plt
+def test_runs_are_drawn_as_recorded(folder):
+    one = plot.read_run(folder)
+    seed = dataclasses.replace(one, settings=one.settings | {"seed": 2})
+    muon = dataclasses.replace(one, settings=one.settings | {"optimizer": "muon"})
+    names = ["optimizer adamw", "optimizer adamw", "optimizer muon"]
+    assert plot.labels([one, seed, muon]) == names
+    figure = Figure()
+    plot.draw_runs(figure, [one, seed, muon], ["tokens", "seconds"], [(2, "killed")])
+    tokens, seconds = figure.axes  # no HellaSwag in the records, no panel for it
+    val = [record["loss"] for record in records(folder, "val")]
+    ms = [record["step_ms"] for record in records(folder, "train")]
+    at = [0, sum(ms[:2]) / 1000, sum(ms) / 1000]
+    assert dots(tokens) == [[list(p) for p in zip([0, 256, 512], val, strict=True)]] * 3
+    assert np.allclose(dots(seconds)[0], list(zip(at, val, strict=True)))
+    assert len(tokens.get_legend().texts) == 2
+    marks = [text for panel in figure.axes for text in panel.texts]  # and no GPT-2: other data
+    assert [text.get_text() for text in marks] == ["killed"] * 2
+    assert [text.xy[0] for text in marks] == pytest.approx([256, at[1]])
 
-    run = plot.read_run(three_runs / "one")
-    run.settings = run.settings | {"data": "/x/edu_fineweb10B"}
-    run.kinds["hellaswag"] = {"step": np.array([2, 4]), "acc_norm": np.array([0.25, 0.26])}
-    figure = plot.draw_runs(plt, [run], ["tokens"])
-    texts = [[text.get_text() for text in panel.texts] for panel in figure.axes]
-    assert texts[0] == ["GPT-2 (124M) 3.2924"]
-    assert texts[1] == ["GPT-2 (124M) 0.2955", "GPT-3 (124M) 0.337", "chance 0.25"]
-    (points,) = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
-    assert points.get_xydata().tolist() == [[256, 0.25], [512, 0.26]]
+
+def test_hellaswag_and_gpt2_s_loss_are_drawn_for_fineweb(folder):
+    run = plot.read_run(folder)
+    run.settings["data"] = "edu_fineweb10B"
+    run.records["hellaswag"] = {"step": np.array([2, 4]), "acc_norm": np.array([0.25, 0.26])}
+    figure = Figure()
+    plot.draw_runs(figure, [run], ["tokens"], [])
+    loss, hellaswag = figure.axes
+    assert [text.get_text() for text in loss.texts] == ["GPT-2 (124M) 3.2924"]
+    assert dots(hellaswag) == [[[256, 0.25], [512, 0.26]]]
 
 
-def test_bars():
-    """As long as the rung is fast, with the rounds' spread: 100 ms and 50 (40 to 100)."""
-    import matplotlib.pyplot as plt
-
+def test_bars_show_speedup_and_spread():
+    """100 ms, and then 50 ms (40 to 100): once and twice as fast (1 to 2.5)."""
     rungs = [dict(name="a", ms=100, each_ms=[100], tokens_per_second=1)]
-    rungs += [dict(name="b", ms=50, each_ms=[40, 50, 100], tokens_per_second=2)]
-    sizes = dict(micro_batch=1, seq_len=1, network="n", device="d")
-    figure = plot.draw_bench(plt, dict(rungs=rungs, **sizes))
-    bars, errors = figure.axes[0].patches, figure.axes[0].collections[0].get_segments()
-    assert [bar.get_width() for bar in bars] == [1.0, 2.0]
+    rungs.append(dict(name="b", ms=50, each_ms=[40, 50, 100], tokens_per_second=2))
+    figure = Figure()
+    plot.draw_bench(figure, dict(rungs=rungs, micro_batch=1, seq_len=1, network="n", device="d"))
+    (panel,) = figure.axes
+    errors = panel.collections[0].get_segments()
+    assert [bar.get_width() for bar in panel.patches] == [1.0, 2.0]
     assert [segment[:, 0].tolist() for segment in errors] == [[1.0, 1.0], [1.0, 2.5]]
 
 
-def test_smooth():
-    values = np.array([3.0, 1.0, 2.0, 6.0, 1.0])
-    assert plot.smooth(values, 2).tolist() == [3.0, 2.0, 1.5, 4.0, 3.5]
-
-
-def test_plot_command(three_runs, tmp_path):
-    done = command("plot.py", three_runs / "one", three_runs / "muon", cwd=tmp_path)
+def test_plot_command(folder, tmp_path):
+    done = command("plot.py", folder, "--mark", "2=killed", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "wrote curve.png\n", done.stderr
     assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.05
-    lines = (three_runs / "one" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    bad = {"h": ['{"kind": "header"}\n'], "begun": lines[:2], "late": [*lines[:2], *lines[4:]]}
-    for name, content in bad.items():
-        (tmp_path / name).write_text("".join(content))
+
+
+def test_plot_refuses_what_it_cannot_draw(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "no_steps").write_text("".join(lines[:2]))
+    (tmp_path / "a_step_missing").write_text("".join([*lines[:2], *lines[4:]]))
     (tmp_path / "b.json").write_text("{}")
-    refused = [["nosuch"], ["."], ["nosuch.json"], ["b.json"], ["b.json", "h"], ["h"], ["begun"]]
-    refused += [["late"], [three_runs / "one", "--out", "a.xyz"]]
-    for given in refused:
-        done = command("plot.py", *given, cwd=tmp_path)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert done.stderr.startswith("plot.py: ")
+    refused = [["nosuch"], ["no_steps"], ["a_step_missing"], ["b.json"], ["b.json", str(folder)]]
+    refused += [[str(folder), "--out", "a.xyz"], [str(folder), "--mark", "5=too late"]]
+    for flags in refused:
+        with pytest.raises(UserError):
+            plot.main(flags)
