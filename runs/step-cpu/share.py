@@ -1,10 +1,11 @@
-"""What part of a gpt2 run is not training, how long it takes to begin, and what a process holds.
+"""Measure what part of a GPT-2 (124M) run is not training, how long a run takes to start, and the
+memory of its process.
 
     python runs/step-cpu/share.py
 
-The parts are timed at the 124M network's size, bfloat16 where the processor has it, eagerly, on
-sequences of 256 tokens; the run is then arithmetic: 250 steps of 524,288 tokens, and after them
-10,485,760 validation tokens, 10,042 HellaSwag records, four samples of 32 tokens.
+The parts are timed eagerly, in bfloat16 if the processor has it, on sequences of 256 tokens. The
+shares of a run are then calculated for 250 steps of 524,288 tokens, followed by one evaluation:
+10,485,760 validation tokens, 10,042 HellaSwag examples and four samples of 32 tokens.
 """
 
 import json
@@ -26,92 +27,114 @@ import fineweb
 import hellaswag
 import train_gpt2
 
+BATCH_TOKENS = 4096  # of a timed step, and of a timed validation
+MICRO_BATCH = 4
+SEQ_LEN = 256
 
-def seconds(function, times=3) -> float:
-    taken = []
+
+def median_seconds(function, times: int = 3) -> float:
+    seconds = []
     for _ in range(times):
-        began = time.perf_counter()
+        start = time.perf_counter()
         function()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
-def parts(folder: Path) -> None:
+def random_examples(count: int) -> list[hellaswag.Example]:
+    """Make HellaSwag examples of random tokens, about as long as the real ones."""
+    draw = random.Random(0)
+    examples = []
+    for _ in range(count):
+        context = [draw.randrange(50257) for _ in range(draw.randint(70, 71))]
+        endings = [[draw.randrange(50257) for _ in range(draw.randint(15, 31))] for _ in range(4)]
+        examples.append(hellaswag.Example(context, endings, [len(e) for e in endings], 0))
+    return examples
+
+
+def measure_parts(folder: Path) -> None:
+    """Time training, validation, HellaSwag and sampling, and print their shares of a run."""
     train_gpt2.keep_freed_memory()
-    settings = dict(seq_len=256, batch_tokens=4096, micro_batch=4, val_tokens=4096, device="cpu")
-    config = train_gpt2.TrainConfig(data=str(folder), max_steps=100, **settings)
+    config = train_gpt2.TrainConfig(
+        data=str(folder),
+        seq_len=SEQ_LEN,
+        batch_tokens=BATCH_TOKENS,
+        micro_batch=MICRO_BATCH,
+        val_tokens=BATCH_TOKENS,
+        max_steps=100,
+        device="cpu",
+    )
     runtime = train_gpt2.Runtime(config)
     torch.manual_seed(0)
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(seq_len=256))
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(seq_len=SEQ_LEN))
     optimizers = train_gpt2.make_optimizers(model, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     shards, val_shards = train_gpt2.open_data(config.data, runtime)
-    loader = train_gpt2.DataLoaderLite(shards, config.seq_len, 1)
-    val = train_gpt2.DataLoaderLite(val_shards, config.seq_len, None)
-    starts, step, waits = (
-        train_gpt2.step_starts(config, loader.epoch_sequences),
-        iter(range(99)),
-        [],
-    )
+    loader = train_gpt2.DataLoaderLite(shards, SEQ_LEN, 1)
+    val_loader = train_gpt2.DataLoaderLite(val_shards, SEQ_LEN, None)
+    starts = train_gpt2.step_starts(config, loader.epoch_sequences)
+    steps = iter(range(99))
+    waits = []
 
     def train():
-        began = time.perf_counter()
-        batch = loader.batch(starts, next(step), 4, runtime)
-        waits.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        batch = loader.batch(starts, next(steps), MICRO_BATCH, runtime)
+        waits.append(time.perf_counter() - start)
         train_gpt2.train_step(model, model, optimizers, scaler, batch, 1e-4, config, runtime)
 
-    draw, examples = random.Random(0), []
-    for _ in range(64):
-        context = [draw.randrange(50257) for _ in range(draw.randint(70, 71))]
-        endings = [[draw.randrange(50257) for _ in range(draw.randint(15, 31))] for _ in range(4)]
-        examples.append(hellaswag.Example(context, endings, list(map(len, endings)), 0))
-    train()
-    per_token = seconds(train) / 4096
-    val_token = seconds(lambda: train_gpt2.validation_loss(model, val, config, 4, runtime)) / 4096
-    record = seconds(lambda: hellaswag.evaluate(model, examples, runtime), 2) / len(examples)
+    def validate():
+        train_gpt2.validation_loss(model, val_loader, config, MICRO_BATCH, runtime)
+
+    def sample():
+        with runtime.autocast():
+            train_gpt2.generate(model, prompt, 32)
+
+    examples = random_examples(64)
     prompt = fineweb.gpt2_tokenizer().encode_ordinary(config.prompt)
-    with runtime.autocast():
-        sample = seconds(lambda: train_gpt2.generate(model, prompt, 32))
-    wait, tokens = statistics.median(waits[1:]), 250 * 524_288
-    training = tokens * per_token
-    extra = {
+    train()  # a warmup: it makes AdamW's state
+    train_token = median_seconds(train) / BATCH_TOKENS
+    val_token = median_seconds(validate) / BATCH_TOKENS
+    example = median_seconds(lambda: hellaswag.evaluate(model, examples, runtime), 2) / 64
+    samples = median_seconds(sample)
+    wait = statistics.median(waits[1:])
+    print(f"training {1 / train_token:.0f} tokens/s, validation {1 / val_token:.0f} tokens/s")
+    print(f"HellaSwag {1 / example:.2f} examples/s, ", end="")
+    print(f"sampling {samples:.2f} s, data {1000 * wait:.2f} ms")
+
+    others = {
         "validation": 10_485_760 * val_token,
-        "HellaSwag": 10_042 * record,
-        "sampling": sample,
+        "HellaSwag": 10_042 * example,
+        "sampling": samples,
         "waiting for data": 250 * wait,
     }
-    print(f"training {1 / per_token:.0f} tokens/s, validation {1 / val_token:.0f} tokens/s")
-    print(
-        f"HellaSwag {1 / record:.2f} records/s, sampling {sample:.2f} s, data {1000 * wait:.2f} ms"
-    )
-    total = training + sum(extra.values())
-    for name, spent in extra.items():
-        print(f"{name}: {spent / total:.2%} of the run")
-    print(f"together: {sum(extra.values()) / total:.2%} of the run")
+    total = 250 * 524_288 * train_token + sum(others.values())
+    for name, seconds in others.items():
+        print(f"{name}: {seconds / total:.2%} of the run")
+    print(f"together: {sum(others.values()) / total:.2%} of the run")
 
 
-def begin(folder: Path, name: str, *flags) -> None:
-    """Seconds from the command to its first step, and the most memory it had."""
+def measure_start(folder: Path, name: str, *flags: str) -> None:
+    """Run two steps, and print the seconds before the first one and the process's peak memory."""
     out = folder.parent / f"log_{name.replace(' ', '_')}"
     command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags, "--out_dir", str(out)]
     command += ["--no-compile", "--max_steps", "2", "--val_every", "0", "--sample_every", "0"]
     command += ["--hellaswag_every", "0"]
-    began = time.perf_counter()
+    start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    first = None
-    while first is None:
+    path = out / "metrics.jsonl"
+    lines = []
+    while len(lines) < 2:  # the header, and the first step
         time.sleep(0.02)
         assert process.poll() in (None, 0)
-        path = out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        first = json.loads(lines[1]) if len(lines) > 1 else None
-    taken = time.perf_counter() - began - first["step_ms"] / 1000
+    seconds = time.perf_counter() - start - json.loads(lines[1])["step_ms"] / 1000
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
-    print(f"{name}: {taken:.1f} s to the first step, {usage.ru_maxrss / 1e6:.2f} GB")
+    print(f"{name}: {seconds:.1f} s to the first step, {usage.ru_maxrss / 1e6:.2f} GB")
 
 
 def make_shards(folder: Path, shards: int, tokens: int) -> Path:
+    """Write shards of random tokens; the first is for validation."""
     folder.mkdir()
     ids = np.random.default_rng(0).integers(0, 50257, tokens).astype(np.uint16)
     for i in range(shards):
@@ -122,15 +145,15 @@ def make_shards(folder: Path, shards: int, tokens: int) -> Path:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        return parts(Path(sys.argv[1]))
+        return measure_parts(Path(sys.argv[1]))
     with tempfile.TemporaryDirectory() as temporary:
         few = make_shards(Path(temporary) / "few", 2, 1_000_000)
         many = make_shards(Path(temporary) / "many", 21, 50_000_000)
         subprocess.run([sys.executable, __file__, str(few)], check=True)
         size = ["--preset", "gpt2", "--seq_len", "256", "--batch_tokens", "1024"]
-        begin(few, "demo", "--preset", "demo")
-        begin(few, "124M, 1 shard of 1M tokens", *size, "--data", str(few))
-        begin(few, "124M, 20 shards of 50M tokens", *size, "--data", str(many))
+        measure_start(few, "demo", "--preset", "demo")
+        measure_start(few, "124M, 1 shard of 1M tokens", *size, "--data", str(few))
+        measure_start(few, "124M, 20 shards of 50M tokens", *size, "--data", str(many))
 
 
 if __name__ == "__main__":
