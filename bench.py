@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import machine
 import train_gpt2
-from fineweb import OneLineParser, UserError, run_command
+from command import OneLineParser, UserError, run_command
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 # Each rung, and its milliseconds per step of 16 x 1024 tokens on the lecture's A100.
@@ -60,13 +61,13 @@ def make_config(args, dtype: str) -> TrainConfig:
     micro_batch = args.micro_batch or micro_batch
     seq_len = args.seq_len or seq_len
     batch = dict(micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len)
-    preset = TrainConfig(**PRESETS[args.network])
-    return dataclasses.replace(preset, **batch, device=args.device, dtype=dtype, compile=None)
+    speed = dict(device=args.device, dtype=dtype, compile=None, optimizer="adamw")
+    return dataclasses.replace(TrainConfig(**PRESETS[args.network]), **batch, **speed)
 
 
 def median_seconds(work, warmup: int, times: int, runtime) -> float:
     """Call work() `warmup` + `times` times -> the median time of the latter."""
-    synchronize = getattr(torch, runtime.kind).synchronize  # waits for a GPU; no-op on a CPU
+    synchronize = getattr(torch, runtime.device_type).synchronize  # waits for a GPU; no-op on a CPU
     seconds = []
     for _ in range(warmup + times):
         synchronize()
@@ -78,8 +79,8 @@ def median_seconds(work, warmup: int, times: int, runtime) -> float:
 
 
 def peak_memory(runtime) -> int:
-    """Return the most bytes used so far, on the GPU or by this process; 0 if nothing counts them."""
-    if runtime.kind == "cuda":
+    """Return the most bytes used so far, on the GPU or by this process; 0 if unknown."""
+    if runtime.device_type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":  # it has no resource module
         return 0
@@ -91,14 +92,13 @@ def peak_memory(runtime) -> int:
 
 def measure_rung(rung: str, args) -> dict:
     """Time the training steps of a rung, after a warmup -> its figures, or why it is skipped."""
-    names = list(RUNGS)
-    enabled = names[: names.index(rung) + 1]
+    enabled = list(RUNGS)[: list(RUNGS).index(rung) + 1]
     config = make_config(args, dtype="auto" if "bfloat16" in enabled else "float32")
     if "freed memory kept" not in enabled:
-        train_gpt2.keep_freed_memory = lambda: False
+        machine.keep_freed_memory = lambda: False  # Runtime calls it on a CPU
     runtime = train_gpt2.Runtime(config)
-    keeps_memory = runtime.kind == "cpu" and train_gpt2.keep_freed_memory()
-    ampere = runtime.kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    keeps_memory = runtime.device_type == "cpu" and machine.keep_freed_memory()
+    ampere = runtime.device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if rung == "TF32" and not ampere:
         return {"skipped": "needs an NVIDIA GPU, Ampere or newer"}
     if rung == "bfloat16" and runtime.dtype == torch.float32:
@@ -118,20 +118,20 @@ def measure_rung(rung: str, args) -> dict:
     vocab_size = 50304 if "vocabulary 50304" in enabled else 50257
     sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(GPTConfig(config.seq_len, vocab_size, **sizes)).to(runtime.device)
-    if "torch.compile" in enabled:
-        how = train_gpt2.compile_in_place(model, config, runtime)
-        if rung == "torch.compile" and how != "compiled":
-            return {"skipped": "needs a working compiler"}
+    compiled = "torch.compile" in enabled and machine.can_compile(config.compile, runtime)
+    if rung == "torch.compile" and not compiled:
+        return {"skipped": "needs a working compiler"}
+    if compiled:
+        model.compile(dynamic=False)
     optimizers = train_gpt2.make_optimizers(model, config)
     # The usual first scale, 65536, could overflow, and such a step is without an update.
     float16 = runtime.dtype == torch.float16
-    scaler = torch.amp.GradScaler(runtime.kind, init_scale=1024, enabled=float16)
+    scaler = torch.amp.GradScaler(runtime.device_type, init_scale=1024, enabled=float16)
 
-    tokens = torch.randint(50257, (1, config.micro_batch, config.seq_len + 1)).to(runtime.device)
-    batch = tokens[..., :-1], tokens[..., 1:]
+    batch = torch.randint(50257, (1, config.micro_batch, config.seq_len + 1)).to(runtime.device)
 
     def step():
-        train_gpt2.train_step(model, model, optimizers, scaler, batch, 6e-4, config, runtime)
+        train_gpt2.train_step(model, optimizers, scaler, batch, 6e-4, False, config, runtime)
 
     seconds = median_seconds(step, args.warmup, args.steps, runtime)
     return dict(
@@ -140,17 +140,17 @@ def measure_rung(rung: str, args) -> dict:
         seq_len=config.seq_len,
         flops_per_token=model.flops_per_token(config.seq_len),
         memory=peak_memory(runtime),
-        device=runtime.device_name(),
-        kind=runtime.kind,
+        device=machine.device_name(runtime.device),
+        device_type=runtime.device_type,
         dtype=str(runtime.dtype).removeprefix("torch."),
-        published_peak=runtime.peak_flops(),
+        published_peak=machine.peak_flops(runtime.device),
     )
 
 
 def measure_peak(args) -> dict:
     """Time the product of two large matrices, in bfloat16 if it is fast here -> FLOP/s."""
     runtime = train_gpt2.Runtime(TrainConfig(device=args.device))
-    N = 4096 if runtime.kind == "cpu" else 8192  # on a GPU 4096 is too short to time
+    N = 4096 if runtime.device_type == "cpu" else 8192  # on a GPU 4096 is too short to time
     a, b = torch.randn(2, N, N, device=runtime.device).to(runtime.dtype)
     return {"peak": 2 * N**3 / median_seconds(lambda: a @ b, 2, 6, runtime)}
 
@@ -170,8 +170,7 @@ def run_rung(rung: str, argv: list[str]) -> dict:
 
 def measure_all(args, argv: list[str]) -> dict:
     """Measure all rungs up to --until, --rounds times -> what --json writes."""
-    names = list(RUNGS)
-    results = {name: [] for name in names[: names.index(args.until) + 1]}
+    results = {name: [] for name in list(RUNGS)[: list(RUNGS).index(args.until) + 1]}
     skipped = {}
     peaks = []
     for turn in range(args.rounds):
@@ -200,7 +199,7 @@ def measure_all(args, argv: list[str]) -> dict:
         row["mfu"] = speed * rounds[0]["flops_per_token"] / peak if peak else None
         row["memory"] = max(result["memory"] for result in rounds)
         rungs.append(row)
-    shared = {key: first[key] for key in ("device", "kind", "micro_batch", "seq_len")}
+    shared = {key: first[key] for key in ("device", "device_type", "micro_batch", "seq_len")}
     return dict(
         network=args.network,
         **shared,
@@ -215,7 +214,7 @@ def measure_all(args, argv: list[str]) -> dict:
 
 def print_table(result: dict) -> None:
     """Print a line per rung, with the lecture's A100 in the last two columns."""
-    print(f"{result['network']} on {result['device']} ({result['kind']}),", end=" ")
+    print(f"{result['network']} on {result['device']} ({result['device_type']}),", end=" ")
     print(f"{result['micro_batch']} x {result['seq_len']} tokens a step")
     print(f"{'':18}{'ms a step':>10}{'least-most':>16}{'tokens/s':>11}{'x before':>9}", end="")
     print(f"{'x start':>8}{'MFU':>7}{'memory':>9}{'A100 ms':>9}{'MFU':>6}")
@@ -252,20 +251,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--network", choices=["gpt2", "demo"], default="gpt2", help="which model (default: gpt2)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cuda, mps or cpu (default here: %(default)s)")
-    add("--micro_batch", type=positive, help="sequences per step")
-    add("--seq_len", type=positive, help="tokens per sequence")
+    add("--micro_batch", type=positive, help="sequences per step (on a GPU: 16)")
+    add("--seq_len", type=positive, help="tokens per sequence (on a GPU: 1024)")
     add("--rounds", type=positive, default=3, help="measurements of each rung (default: 3)")
     add("--steps", type=positive, default=5, help="timed steps per measurement (default: 5)")
     add("--warmup", type=positive, default=2, help="untimed steps before them (default: 2)")
     add("--measure_peak", action="store_true", help="time a matrix product as MFU's 100%%")
     add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    add("--until", choices=list(RUNGS), default="freed memory kept", help="the last rung")
+    add("--until", choices=list(RUNGS), default="freed memory kept", help="last rung to measure")
     add("--only", choices=["peak", *RUNGS], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.only:
         try:
             result = measure_peak(args) if args.only == "peak" else measure_rung(args.only, args)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not machine.is_out_of_memory(error):
+                raise
             result = {"skipped": "out of memory; try a smaller --micro_batch"}
         print(json.dumps(result))
         return

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import fineweb
+import machine
 import train_gpt2
 
 PROMPT = [15496, 11, 314]  # "Hello, I"
@@ -32,7 +33,7 @@ def generate_without_cache(model, prompt: list[int], max_new_tokens: int) -> tor
 
 
 def main() -> None:
-    train_gpt2.keep_freed_memory()
+    machine.keep_freed_memory()
     torch.manual_seed(0)
     model = train_gpt2.GPT(train_gpt2.GPTConfig())
     for length, rounds in ((32, 3), (256, 1)):

@@ -22,30 +22,34 @@ VARIANTS = ("ours eager", "ours compiled", "transformers")
 WARMUP = 2  # steps that are not timed
 
 
-def make_our_step(config, runtime, sizes: dict, tokens):
+def make_our_step(compiled: bool, sizes: dict, tokens):
     """Return a function that does one of train_gpt2.py's training steps."""
     import torch
 
     import train_gpt2
 
-    train_gpt2.keep_freed_memory()
+    config = train_gpt2.TrainConfig(device="cpu")
+    runtime = train_gpt2.Runtime(config)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(**sizes))
     optimizers = train_gpt2.make_optimizers(model, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    train_gpt2.compile_in_place(model, config, runtime)
-    batch = tokens[..., :-1], tokens[..., 1:]
+    if compiled:
+        model.compile(dynamic=False)
 
     def step():
-        train_gpt2.train_step(model, model, optimizers, scaler, batch, 1e-4, config, runtime)
+        train_gpt2.train_step(model, optimizers, scaler, tokens, 1e-4, False, config, runtime)
 
     return step
 
 
-def make_their_step(runtime, sizes: dict, tokens):
+def make_their_step(sizes: dict, tokens):
     """Return a function that does the same step with transformers."""
     import torch
     import transformers
 
+    import machine
+
+    dtype = machine.choose_dtype("auto", torch.device("cpu"))
     sizes = dict(sizes)
     network = transformers.GPT2Config(
         n_positions=sizes.pop("seq_len"),
@@ -59,7 +63,7 @@ def make_their_step(runtime, sizes: dict, tokens):
     inputs = tokens[0, :, :-1]
 
     def step():
-        with runtime.autocast():
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = model(inputs, labels=inputs).loss  # it shifts the labels itself
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,18 +80,14 @@ def measure(variant: str, size: str) -> None:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    import train_gpt2
-
     L, H, C, T, B, steps = SIZES[size]
     sizes = dict(seq_len=T, n_layer=L, n_head=H, n_embd=C)
     torch.manual_seed(0)
     tokens = torch.randint(50257, (1, B, T + 1))
-    config = train_gpt2.TrainConfig(device="cpu", compile=variant == "ours compiled")
-    runtime = train_gpt2.Runtime(config)
     if variant == "transformers":
-        step = make_their_step(runtime, sizes, tokens)
+        step = make_their_step(sizes, tokens)
     else:
-        step = make_our_step(config, runtime, sizes, tokens)
+        step = make_our_step(variant == "ours compiled", sizes, tokens)
     seconds = []
     for _ in range(WARMUP + steps):
         start = time.perf_counter()

@@ -8,6 +8,7 @@ shares of a run are then calculated for 250 steps of 524,288 tokens, followed by
 10,485,760 validation tokens, 10,042 HellaSwag examples and four samples of 32 tokens.
 """
 
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,6 @@ def random_examples(count: int) -> list[hellaswag.Example]:
 
 def measure_parts(folder: Path) -> None:
     """Time training, validation, HellaSwag and sampling, and print their shares of a run."""
-    train_gpt2.keep_freed_memory()
     config = train_gpt2.TrainConfig(
         data=str(folder),
         seq_len=SEQ_LEN,
@@ -69,18 +70,23 @@ def measure_parts(folder: Path) -> None:
     model = train_gpt2.GPT(train_gpt2.GPTConfig(seq_len=SEQ_LEN))
     optimizers = train_gpt2.make_optimizers(model, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    shards, val_shards = train_gpt2.open_data(config.data, runtime)
+    shards, val_shards = fineweb.open_data(config.data)
     loader = train_gpt2.DataLoaderLite(shards, SEQ_LEN, 1)
     val_loader = train_gpt2.DataLoaderLite(val_shards, SEQ_LEN, None)
-    starts = train_gpt2.step_starts(config, loader.epoch_sequences)
-    steps = iter(range(99))
+    reader = ThreadPoolExecutor(1)
+    steps = itertools.count()
     waits = []
 
+    def read():
+        return loader.batch(BATCH_TOKENS, MICRO_BATCH, runtime, next(steps))
+
     def train():
+        nonlocal ahead
         start = time.perf_counter()
-        batch = loader.batch(starts, next(steps), MICRO_BATCH, runtime)
+        batch = runtime.to_device(ahead.result())
+        ahead = reader.submit(read)
         waits.append(time.perf_counter() - start)
-        train_gpt2.train_step(model, model, optimizers, scaler, batch, 1e-4, config, runtime)
+        train_gpt2.train_step(model, optimizers, scaler, batch, 1e-4, False, config, runtime)
 
     def validate():
         train_gpt2.validation_loss(model, val_loader, config, MICRO_BATCH, runtime)
@@ -91,6 +97,7 @@ def measure_parts(folder: Path) -> None:
 
     examples = random_examples(64)
     prompt = fineweb.gpt2_tokenizer().encode_ordinary(config.prompt)
+    ahead = reader.submit(read)
     train()  # a warmup: it makes AdamW's state
     train_token = median_seconds(train) / BATCH_TOKENS
     val_token = median_seconds(validate) / BATCH_TOKENS
