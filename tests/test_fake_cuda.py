@@ -122,7 +122,8 @@ def float32_repeats_the_cpu():
 def ampere_trains_in_bfloat16():
     with fake_cuda("NVIDIA A100-SXM4-80GB", (8, 0)):
         train("bfloat16", *STEPS, *SCORES, "--device", "auto", "--dtype", "auto")
-    assert records("bfloat16", "header")[0]["dtype"] == "bfloat16"
+    dtype = records("bfloat16", "header")[0]["dtype"]
+    assert dtype == "bfloat16", dtype
     assert_equal_runs("bfloat16", cpu_run("adamw"), 0.03)
     assert len(records("bfloat16", "sample")) == len(records("bfloat16", "hellaswag")) == 2
     assert_is_far("bfloat16")
@@ -141,7 +142,8 @@ def turing_trains_in_float16_with_muon():
         assert machine.peak_flops(torch.device("cuda:0")) == 65e12
         train("float16", *STEPS, "--hellaswag_every", "9", *on_t4)
         resume("float16", *on_t4)
-    assert records("float16", "header")[0]["dtype"] == "float16"
+    dtype = records("float16", "header")[0]["dtype"]
+    assert dtype == "float16", dtype
     assert all(record["mfu"] > 0 for record in records("float16", "train"))
     assert_equal_runs("float16", cpu_run("muon"), 0.03)
     assert_is_far("float16")
@@ -184,8 +186,9 @@ def out_of_memory_is_one_line():
     for stage in STAGES:
         for error in errors:
             assert isinstance(error, RuntimeError)
-            hint = "out of memory with --micro_batch 2; try --micro_batch 1"
-            assert failing_run(stage, error) == f"UserError: {hint}"
+            arrived = failing_run(stage, error)
+            line = "UserError: out of memory with --micro_batch 2; try --micro_batch 1"
+            assert arrived == line, f"{stage}: {arrived}"
     alone = failing_run("forward", errors[0], "--micro_batch", "1")
     assert alone.endswith("--micro_batch 1; try a smaller --seq_len")
 
@@ -193,7 +196,8 @@ def out_of_memory_is_one_line():
 def other_errors_pass_through():
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     for stage, kind in STAGES.items():
-        assert failing_run(stage, error).startswith(f"{kind}: ")
+        arrived = failing_run(stage, error)
+        assert arrived.startswith(f"{kind}: "), f"{stage}: {arrived}"
 
 
 # Where a step can fail, and what arrives if a RuntimeError is raised there.
@@ -402,7 +406,7 @@ def main() -> None:
     torch.set_num_threads(1)
     write_data(Path("data"))
     load = hellaswag.load_examples
-    hellaswag.load_examples = lambda runtime=None: load(RECORDS, runtime=runtime)[:8]
+    hellaswag.load_examples = lambda runtime=None: load(path=RECORDS, runtime=runtime)[:8]
     failures = {}
     for scenario in SCENARIOS:
         if sys.argv[1:] and scenario.__name__ not in sys.argv[1:]:
