@@ -255,9 +255,8 @@ def test_triton_compiles_twice_with_hellaswag_and_samples(tmp_path, device="cuda
     with some_hellaswag():
         run_main(*flags, "--no-compile", "--out_dir", "eager")
     compiled, eager = losses(tmp_path / "compiled"), losses(tmp_path / "eager")
-    row(
-        "graphs compiled", f"{found['compilations']}, {found['graph breaks']} breaks", "2, 0 breaks"
-    )
+    graphs = f"{found['compilations']}, {found['graph breaks']} breaks"
+    row("graphs compiled", graphs, "2, 0 breaks")
     row("the eager losses, compiled", f"{apart(compiled, eager):.0e} away", 1e-2)
     assert records(tmp_path / "compiled", "header")[0]["compiled"]
     assert found == expected(training_graphs=1) and apart(compiled, eager) < 1e-2
