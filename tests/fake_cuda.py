@@ -13,8 +13,9 @@ It holds its numbers in a CPU tensor. Every operation
 - is counted in `waits`, by the project's line, if on a GPU the CPU has to wait for it;
 - runs the CPU's kernel on what is inside, so losses, gradients and updates are real.
 
-It cannot show kernels, memory, streams, nccl, torch.compile or speed. It uses private parts of
-torch and leaves one changed, so it needs the pinned torch, Linux, and its own process.
+It cannot show CUDA's kernels, memory, streams, nccl, torch.compile or speed; clip_grad_norm_, which
+a GPU runs on all tensors at once, counts once per tensor. It uses private parts of torch and leaves
+one changed, so it needs the pinned torch, Linux, and its own process.
 """
 
 import ctypes

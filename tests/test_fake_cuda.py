@@ -23,6 +23,7 @@ import pytest
 import torch
 from fake_cuda import DeviceMismatch, fake_cuda, kernels, waits
 
+import bench
 import hellaswag
 import machine
 import train_gpt2
@@ -358,8 +359,13 @@ def mistakes_are_found():
     flags = [*STEPS, *SCORES, "--device", "cuda", "--dtype", "float32"]
     for number, (name, old, new, function) in enumerate(MISTAKES):
         program = changed(name, old, new)
-        with fake_cuda(), pytest.raises(DeviceMismatch, match=rf"^{name}\.py:\d+ {function}: aten"):
-            train(f"mistake{number}", *flags, program=program)
+        with fake_cuda(), pytest.MonkeyPatch.context() as patch:
+            if name == "hellaswag":
+                patch.setattr(program, "load_examples", hellaswag.load_examples)
+                patch.setattr(train_gpt2, "hellaswag", program)
+                program = train_gpt2
+            with pytest.raises(DeviceMismatch, match=rf"^\w+\.py:\d+ {function}: aten"):
+                train(f"mistake{number}", *flags, program=program)
 
 
 def a_mask_on_the_cpu_is_found():
@@ -383,6 +389,22 @@ def copies_that_wait_are_found():
             assert waits_by_function() == {"to_device": 1}, waits
 
 
+def bench_climbs():
+    """The first three rungs of bench.py; the others compile."""
+    flags = ["--network", "demo", "--micro_batch", "2", "--steps", "1", "--warmup", "1"]
+    for rung, dtype in {"float32": "float32", "TF32": "float32", "bfloat16": "bfloat16"}.items():
+        with fake_cuda(), pytest.MonkeyPatch.context() as patch:
+            attention = torch.nn.functional.scaled_dot_product_attention
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+            patch.setattr(torch.optim, "AdamW", torch.optim.AdamW)  # put back what a rung replaces
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                bench.main([*flags, "--device", "cuda", "--only", rung])
+        result = json.loads(printed.getvalue())
+        assert result["dtype"] == dtype, rung
+        assert result["device"] == "NVIDIA A100-SXM4-80GB"
+        assert result["ms"] > 0
+
+
 SCENARIOS = [
     float32_repeats_the_cpu,
     ampere_trains_in_bfloat16,
@@ -398,6 +420,7 @@ SCENARIOS = [
     mistakes_are_found,
     a_mask_on_the_cpu_is_found,
     copies_that_wait_are_found,
+    bench_climbs,
 ]
 
 
