@@ -165,13 +165,16 @@ def micro_batch_fits():
     config = train_gpt2.TrainConfig(device="cuda")
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig())
+    count = sum(p.numel() for p in model.parameters())
     for gigabytes, sizes in expected.items():
         with fake_cuda(memory=1e9 * gigabytes):
             runtime = train_gpt2.Runtime(config)
             for compiled, size in zip((True, False), sizes, strict=True):
                 found = machine.choose_micro_batch(config, model, compiled, runtime)
                 assert found == size, (gigabytes, compiled, found)
-                need = machine.step_bytes(model, found * 1024, compiled, runtime.dtype)
+                need = machine.step_bytes(
+                    model.config, count, found * 1024, compiled, runtime.dtype
+                )
                 assert found == 1 or need <= 1e9 * gigabytes
 
 
@@ -281,7 +284,7 @@ def a_step_waits_once():
 
 
 def a_run_waits_only_where_it_must():
-    """Every wait of main, accounted for: 3 steps, 2 validations, a checkpoint of so many tensors."""
+    """Every wait of main: 3 steps, 2 validations, a checkpoint of so many tensors."""
     with fake_cuda():
         waits.clear()
         train("waits", *QUIET, "--device", "cuda", "--max_steps", "3", "--val_every", "3")

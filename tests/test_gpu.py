@@ -102,7 +102,7 @@ class Training:
 
     def step(self, tokens) -> float:
         batch = self.runtime.to_device(tokens)
-        given = (self.model, self.ddp, self.optimizers, self.scaler, batch, 6e-4, False)
+        given = (self.ddp, self.optimizers, self.scaler, batch, 6e-4, False)
         return train_gpt2.train_step(*given, self.config, self.runtime)[0]
 
 
@@ -141,7 +141,9 @@ def measure(what, device, sequences, micro_steps, steps, compiled=True, expected
     speed = micro_steps * tokens / second
     flops = machine.peak_flops(here.runtime.device) or float("nan")
     mfu = speed * here.model.flops_per_token(here.config.seq_len) / flops
-    need = machine.step_bytes(here.model, tokens, compiled, here.runtime.dtype)
+    count = sum(p.numel() for p in here.model.parameters())
+    dtype = here.runtime.dtype
+    need = machine.step_bytes(here.model.config, count, tokens, compiled, dtype)
     row(what, f"{1000 * second:.0f} ms, {speed:,.0f} tokens/s, MFU {mfu:.1%}", expected)
     row(f"{what}: memory", f"{peak / 1e9:.1f} GB", f"{need / 1e9:.1f} GB")
     return peak, need
