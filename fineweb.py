@@ -116,7 +116,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing. It gets its name when all of it is on the disk, or never."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # the process id keeps runs apart
     try:
-        with open(temporary, "w+b") as file:  # "+": the writer may read it back
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -134,8 +134,9 @@ def write_atomically(path: Path, header: bytes, body: np.ndarray | bytes) -> str
     with whole_file(path) as file:
         file.write(header)
         file.write(body)
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hashlib.sha256(header)
+    sha256.update(body)
+    return sha256.hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ STEPS = 160
 RUN = [*TINY, "--max_steps", STEPS, "--checkpoint_every", 40, "--sample_every", 80]
 RUN += ["--val_every", 80, "--val_tokens", 160, "--data", "shards"]
 LONG = [*RUN, "--max_steps", 100_000, "--val_every", 0, "--sample_every", 0]
+# Ranks that torchrun has restarted must not find the addresses of dead ones.
+RECIPE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def facts(folder: Path) -> list:
@@ -31,13 +34,30 @@ def facts(folder: Path) -> list:
 
 
 def start(folder: Path, *flags, processes=1) -> subprocess.Popen:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    torchrun += ["--max-restarts", "3"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), *map(str, flags)]
+    torchrun = ["--standalone", f"--nproc_per_node={processes}"]
+    return launch(folder, torchrun if processes > 1 else [], flags)
+
+
+def agent(folder: Path, port: int, *flags, processes=1) -> subprocess.Popen:
+    """One machine of two, as torchrun sees it."""
+    torchrun = ["--nnodes=2", f"--nproc_per_node={processes}", "--local-addr=127.0.0.1"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    return launch(folder, torchrun, flags)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(folder: Path, torchrun: list, flags) -> subprocess.Popen:
+    if torchrun:
+        torchrun = ["-m", "torch.distributed.run", *torchrun, "--max-restarts=3"]
     return subprocess.Popen(
-        command,
+        [sys.executable, *torchrun, str(SCRIPT), *map(str, flags)],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **RECIPE},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -168,6 +168,25 @@ def test_bench():
         says(f"| {name} | {halves[0][name]} | {halves[1][name]} |")
 
 
+def test_restarts():
+    """The runs with a killed rank, by what came of them, in both README.md."""
+    table = (RUNS / "restarts-cpu" / "README.md").read_text()
+    result = (RUNS / "restarts-cpu" / "result.txt").read_text()
+    totals = {"with the variable": np.zeros(4, int), "without it": np.zeros(4, int)}
+    pattern = r"^(\w+ machines?, \d ranks), (.*), (\d+) runs: (.*)$"
+    for where, how, runs, outcomes in re.findall(pattern, result, re.MULTILINE):
+        counts = re.findall(r"(\d+) ([a-z][^,]*)", outcomes)
+        came = {outcome: int(count) for count, outcome in counts}
+        right = came.get("equal bit for bit", 0) + came.get("equal to 1e-4", 0)
+        row = [int(runs), right, came.get("fails", 0), came.get("hangs", 0)]
+        assert f"| {where}, {how} | {' | '.join(map(str, row))} |" in table
+        totals[how] += row
+    runs, _, failed, hung = totals["without it"]
+    says(f"of {runs} runs with a killed rank, {hung} hung and {failed} failed")
+    runs, right, _, _ = totals["with the variable"]
+    says(f"With it, {right} of {runs} finished")
+
+
 def test_presets():
     """The table of presets is the code's."""
     defaults = dataclasses.asdict(train_gpt2.TrainConfig())

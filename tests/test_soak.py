@@ -8,8 +8,7 @@ import time
 
 import pytest
 from helpers import make_shards, run
-from night import RUN, facts, recorded, start, wait_for
-from test_night_together import agent, free_port
+from night import RUN, agent, facts, free_port, recorded, start, wait_for
 
 pytestmark = pytest.mark.soak
 DEMO = ["--preset", "demo", "--max_steps", 300, "--checkpoint_every", 15, "--val_every", 100]
@@ -36,7 +35,7 @@ def test_a_machine_dies_and_comes_back(tmp_path):
     longer = [*RUN, "--max_steps", 1500]
     assert run(tmp_path, *longer, "--out_dir", "quiet", processes=2).returncode == 0
     port = free_port()
-    flags = [*longer, "--out_dir", "machines", "--resume", "--timeout_minutes", "0.5"]
+    flags = [*longer, "--out_dir", "machines", "--resume"]
     first, second = (agent(tmp_path, port, *flags) for _ in range(2))
     wait_for(recorded(tmp_path / "machines", 300), first)
     # The agent that hosts the rendezvous must live; it is the one that listens on the port.
