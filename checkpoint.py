@@ -285,6 +285,11 @@ class Saver:
                 raise UserError(
                     f"the checkpoint is of step {saved['step']}, the run ends at {steps}"
                 )
+            missing = self.parts.keys() - saved.keys()
+            if missing:
+                raise UserError(
+                    f"the checkpoint has no {min(missing)}; --init_from takes its weights"
+                )
             for name, part in self.parts.items():
                 state = saved[name]
                 if "param_groups" in state:  # today's settings win over the optimizer's then
