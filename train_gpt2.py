@@ -345,7 +345,7 @@ class TrainConfig:
     prompt: str = setting("Hello, I'm a language model,", "text that samples continue")  # lecture
     seed: int = setting(1337, "random seed for weights, data order and samples")  # the lecture
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first that works")
-    dtype: str = setting("auto", "matrix products", choices="auto bfloat16 float16 float32")
+    dtype: str = setting("auto", "precision of products", choices="auto bfloat16 float16 float32")
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
     n_layer: int = setting(12, "number of layers")  # GPT-2 paper, table 2
