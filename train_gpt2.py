@@ -394,7 +394,7 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2.0e-4, batch_tokens=2**20),
     "gpt3": dict(seq_len=2048),
     # Ours: among the best of 14 shapes tried for three minutes on two CPU cores. Muon ends lower.
-    "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, max_steps=1000)
+    "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, max_steps=850)
     | dict(optimizer="muon", learning_rate=6e-3, warmup_tokens=77_000, prompt="First Citizen:\n")
     | dict(compile=False, sample_every=500, hellaswag_every=0, checkpoint_every=0),
 }

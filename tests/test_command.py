@@ -143,7 +143,7 @@ def test_one_rule_for_settings():
     loaded = dict(preset="demo", learning_rate=0.5, seed=9, n_layer=4, gone_since=1)
     config = make_config(dict(learning_rate=0.25), loaded)
     assert (config.learning_rate, config.seed) == (0.25, 9)  # flag, checkpoint
-    assert (config.max_steps, config.weight_decay) == (1000, 0.1)  # preset, default
+    assert (config.max_steps, config.weight_decay) == (850, 0.1)  # preset, default
     with pytest.raises(UserError, match="--seed 8: .* 9"):
         make_config(dict(seed=8), loaded)
     # A model alone fixes only its shape; it may be trained on shorter sequences.

@@ -55,7 +55,7 @@ def numbers(name: str, pattern: str) -> list[tuple[float, ...]]:
 
 def test_demo():
     last = metrics("demo-cpu", "val")[-1]
-    assert last["step"] == len(metrics("demo-cpu", "train")) == 1000
+    assert last["step"] == len(metrics("demo-cpu", "train")) == 850
     loss, bits = f"{last['loss']:.4f}", f"{last['bits_per_byte']:.3f}"
     says(f"ended at a validation loss of {loss}, which is {bits} bits per byte")
     says(f"ended at {bits} bits per byte")
