@@ -29,7 +29,7 @@ def test_two_processes(quiet):
     assert process.returncode == 0 and "--resume" in said, said
     steps = len(losses(quiet / "warned"))
     content = torch.load(max((quiet / "warned").glob("checkpoint_*.pt")), weights_only=True)
-    assert content["step"] == steps and len(content["rng"]) == 2
+    assert content["step"] == steps
 
     folder = copy(quiet, "grown")
     (folder / "checkpoint_0000160.pt").unlink()
