@@ -4,7 +4,7 @@
                              then records of kind train, val, hellaswag and sample
     checkpoint_0000250.pt    everything after 250 steps, as plain data: weights, optimizer, settings
 
-`--resume` continues from the newest whole checkpoint. It can be there from the first start:
+`--resume` continues from the newest whole checkpoint. You can give it from the first start:
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 \\
         --max-restarts=3 train_gpt2.py --resume
@@ -112,17 +112,18 @@ class Records:
         self.tokens = settings["batch_tokens"]
         self.flops = self.tokens * model.flops_per_token(settings["seq_len"])
         self.peak = machine.peak_flops(runtime.device)
-        self.began = None
+        self.first = first
+        self.began = time.perf_counter()
         self.shown = 0.0
         count = sum(p.numel() for p in model.parameters())
+        warmup = math.ceil(settings["warmup_tokens"] / self.tokens)
         runtime.print(
             f"{count:,} parameters, {'compiled' if header['compiled'] else 'eager'}, on"
             f" {runtime.world} x {runtime.device_type} in {header['dtype']}\n"
-            f"{steps:,} steps of {self.tokens:,} tokens, {header['micro_batch']} sequences of"
-            f" {settings['seq_len']} at a time"
+            f"{steps:,} steps of {self.tokens:,} tokens ({warmup:,} of warmup),"
+            f" {header['micro_batch']} sequences of {settings['seq_len']} at a time"
         )
         self.file = None
-        self.unwritten = b""
         if runtime.rank > 0:
             return
         path = Path(settings["out_dir"]) / "metrics.jsonl"
@@ -130,8 +131,7 @@ class Records:
         kept = [line for line in lines if step_recorded(line) < first]
         with fineweb.whole_file(path) as file:
             file.write(b"".join(kept))
-        self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self.size = path.stat().st_size
+        self.file = open(path, "ab", buffering=2**20)
         if not kept:
             self.write("header", **header)
             return
@@ -149,12 +149,9 @@ class Records:
         mfu = self.flops / seconds / self.runtime.world / self.peak if self.peak else None
         timing = dict(step_ms=1000 * seconds, tokens_per_second=speed, mfu=mfu)
         self.write("train", step=step, **values, **timing)
-        if self.began is None:  # the first step may compile, and says nothing about the others
-            self.began = now
-            self.first = step
         if now - self.shown > 1 or step == self.steps - 1:
             self.shown = now
-            left = (self.steps - step - 1) * (now - self.began) / max(step - self.first, 1)
+            left = (self.steps - step - 1) * (now - self.began) / (step + 1 - self.first)
             line = f"step {step:5d}/{self.steps} | loss {values['loss']:.4f}"
             line += f" | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f}"
             line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
@@ -167,14 +164,11 @@ class Records:
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[key] = None  # JSON has no infinity and no NaN
-        self.unwritten += json.dumps({"kind": kind, **values}).encode() + b"\n"
         try:
-            if os.write(self.file, self.unwritten) < len(self.unwritten):
-                raise OSError("the disk is full")
-            self.size += len(self.unwritten)
-            self.unwritten = b""
-        except OSError:
-            os.ftruncate(self.file, self.size)  # drop the partial line; the next write repeats it
+            self.file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
+            self.file.flush()
+        except OSError:  # the disk is full: the buffer keeps the line, and the next flush writes it
+            pass
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,19 +271,11 @@ class Saver:
         Raises UserError if the checkpoint does not fit this run.
         """
         if saved:
-            found, expected = self.header["epoch_sequences"], saved["epoch_sequences"]
-            if found != expected:
-                counts = f"{found} sequences instead of {expected}"
-                raise UserError(f"the training data has changed since the checkpoint: {counts}")
+            if saved["epoch_sequences"] != self.header["epoch_sequences"]:
+                raise UserError("the training data has changed since the checkpoint")
             if saved["step"] > steps:
-                raise UserError(
-                    f"the checkpoint is of step {saved['step']}, the run ends at {steps}"
-                )
-            missing = self.parts.keys() - saved.keys()
-            if missing:
-                raise UserError(
-                    f"the checkpoint has no {min(missing)}; --init_from takes its weights"
-                )
+                what = f"the checkpoint is from step {saved['step']}"
+                raise UserError(f"{what}, and the run ends at {steps}")
             for name, part in self.parts.items():
                 state = saved[name]
                 if "param_groups" in state:  # today's settings win over the optimizer's then
@@ -315,16 +301,12 @@ class Saver:
     def write(self, content: dict) -> str:
         """Write a checkpoint and delete old ones -> what went wrong, or ""."""
         try:
-            if not self.folder.is_dir():
-                print(f"{self.folder} was deleted, and metrics.jsonl with it", flush=True)
-                self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
             with fineweb.whole_file(self.folder / f"checkpoint_{content['step']:07d}.pt") as file:
                 torch.save(content, file)
-            keep_every = self.header["settings"]["keep_every"]
             older = [path for path in files(self.folder) if step_of(path) < content["step"]]
             for path in older[:-1]:
-                if not keep_every or step_of(path) % keep_every:
-                    path.unlink()
+                path.unlink()
             return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             reason = getattr(error, "strerror", None) or first_line(error)

