@@ -4,6 +4,7 @@
     python plot.py log log_mine log_yours       # several; seeds share a color
     python plot.py log --x tokens seconds       # the loss over seconds of training, too
     python plot.py log --mark 120=kill 300=kill # with events marked at these steps
+    python plot.py log --no-gpt2                # without GPT-2's figures, for other data
     python plot.py bench.json                   # what bench.py measured, as bars
 
 It needs matplotlib, which the rest of this project does without: pip install matplotlib
@@ -76,7 +77,7 @@ def draw_reference(panel, name: str, value: float) -> None:
     panel.annotate(f"{name} {value}", (0.02, value), **where, **SMALL)
 
 
-def draw_losses(panel, runs: list[Run], x_name: str) -> None:
+def draw_losses(panel, runs: list[Run], x_name: str, with_gpt2: bool) -> None:
     names = labels(runs)
     for i, run in enumerate(runs):
         train, val = run.records["train"], run.records["val"]
@@ -89,7 +90,7 @@ def draw_losses(panel, runs: list[Run], x_name: str) -> None:
         panel.plot(x[width - 1 : -1], means, color=color, alpha=0.6, linewidth=1)
         label = names[i] if i == first else None
         panel.plot(x[val["step"]], val["loss"], "o-", color=color, markersize=4, label=label)
-    if all("edu_fineweb" in run.settings["data"] for run in runs):
+    if with_gpt2 and all("edu_fineweb" in run.settings["data"] for run in runs):
         draw_reference(panel, "GPT-2 (124M)", GPT2_LOSS)
     # Cut off the first twentieth of a run, where the loss is far above the rest.
     rest = [run.records["train"]["loss"][len(run.tokens) // 20 :] for run in runs]
@@ -98,27 +99,29 @@ def draw_losses(panel, runs: list[Run], x_name: str) -> None:
     panel.legend()
 
 
-def draw_hellaswag(panel, runs: list[Run]) -> None:
+def draw_hellaswag(panel, runs: list[Run], with_gpt2: bool) -> None:
     names = labels(runs)
     for run, name in zip(runs, names, strict=True):
         scores = run.records["hellaswag"]
         color = f"C{names.index(name)}"
         panel.plot(run.tokens[scores["step"]], scores["acc_norm"], "o-", color=color, markersize=4)
     for name, value in HELLASWAG_LINES.items():
-        draw_reference(panel, name, value)
+        if with_gpt2 or name == "chance":
+            draw_reference(panel, name, value)
     panel.set(xlabel="tokens", ylabel="accuracy (acc_norm)", title="HellaSwag")
 
 
-def draw_runs(figure, runs: list[Run], x_names: list[str], marks: list[tuple[int, str]]) -> None:
-    """Draw a panel of losses for each x, and one of HellaSwag if a run has scores."""
+def draw_runs(figure, runs: list[Run], x_names: list[str], marks=(), with_gpt2=True) -> None:
+    """Draw a panel of losses for each x, and one of HellaSwag if a run has scores. `marks` are
+    steps with the texts to write there."""
     has_scores = any(len(run.records["hellaswag"]["step"]) for run in runs)
     count = len(x_names) + has_scores
     figure.set_size_inches(6.4 * count, 4.8)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for panel, x_name in zip(panels, x_names, strict=False):
-        draw_losses(panel, runs, x_name)
+        draw_losses(panel, runs, x_name, with_gpt2)
     if has_scores:
-        draw_hellaswag(panels[-1], runs)
+        draw_hellaswag(panels[-1], runs, with_gpt2)
     for step, text in marks:
         if step not in range(len(runs[0].tokens)):
             raise UserError(f"--mark {step}={text}: there is no such step in the first run")
@@ -159,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     add("runs", nargs="+", type=Path, metavar="RUN", help="an --out_dir, or bench.py's --json")
     add("--x", nargs="+", choices=["tokens", "seconds"], default=["tokens"], help="the x axes")
     add("--mark", nargs="+", type=mark, default=[], metavar="STEP=TEXT", help="mark events")
+    add("--no-gpt2", dest="gpt2", action="store_false", help="leave out GPT-2's own figures")
     add("--out", type=Path, default="curve.png", help="file to write (default: curve.png)")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".pdf", ".svg"):
@@ -176,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{args.runs[0]} is not from bench.py --json: {error!r}") from None
     else:
-        draw_runs(figure, [read_run(path) for path in args.runs], args.x, args.mark)
+        draw_runs(figure, [read_run(path) for path in args.runs], args.x, args.mark, args.gpt2)
     figure.savefig(args.out, dpi=120)
     print(f"wrote {args.out}")
 

@@ -227,6 +227,10 @@ def test_hellaswag_and_gpt2_s_loss_are_drawn_for_fineweb(folder):
     loss, hellaswag = figure.axes
     assert [text.get_text() for text in loss.texts] == ["GPT-2 (124M) 3.2924"]
     assert dots(hellaswag) == [[[256, 0.25], [512, 0.26]]]
+    assert len(hellaswag.texts) == 3
+    plot.draw_runs(figure, [run], ["tokens"], with_gpt2=False)
+    loss, hellaswag = figure.axes[2:]
+    assert not loss.texts and [text.get_text() for text in hellaswag.texts] == ["chance 0.25"]
 
 
 def test_bars_show_speedup_and_spread():
