@@ -1,13 +1,18 @@
-"""The long night, by `python -m pytest -m soak`: kills over one demo-sized run."""
+"""The long night, by `python -m pytest -m soak`: kills over one demo-sized run, and a rehearsal."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from helpers import make_shards, run
+from helpers import ROOT, make_shards, run
 from night import RUN, agent, facts, free_port, recorded, start, wait_for
 
 pytestmark = pytest.mark.soak
@@ -47,3 +52,28 @@ def test_a_machine_dies_and_comes_back(tmp_path):
     said = [each.communicate(timeout=300)[0] for each in (living, again)]
     assert living.returncode == 0 and again.returncode == 0, said
     assert facts(tmp_path / "machines") == facts(tmp_path / "quiet")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a disk")
+def test_rehearsal(tmp_path):
+    """runs/rehearsal-cpu, small: every fault hits one run, which records what a quiet one does."""
+    for path in [*ROOT.glob("*.py"), ROOT / "runs/rehearsal-cpu/rehearse.py"]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    hub = tmp_path / "HuggingFaceFW/fineweb-edu"
+    (hub / "sample/10BT").mkdir(parents=True)
+    config = "- config_name: sample-10BT\n  data_files: sample/10BT/*\n"
+    (hub / "README.md").write_text(f"---\nconfigs:\n{config}---\n")
+    scenes = (ROOT / "input.txt").read_text().split("\n\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": scenes}), hub / "sample/10BT/0.parquet")
+    command = [sys.executable, "runs/rehearsal-cpu/rehearse.py", "--small"]
+    try:
+        done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    finally:
+        subprocess.run(["umount", tmp_path / "night"], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "rehearsal.json").read_text())
+    faults = [event["fault"] for event in result["night"]["events"]]
+    assert faults.count("kill") == 4 and {"warning", "full disk", "power cut"} < set(faults)
+    assert facts(tmp_path / "log") == facts(tmp_path / "quiet"), result["largest_difference"]
+    assert {record["kind"] for record in facts(tmp_path / "log")} >= {"val", "sample", "hellaswag"}
