@@ -62,8 +62,8 @@ def run_command(name: str, main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         distributed = "RANK" in os.environ  # torchrun sets it
         if distributed and os.environ["RANK"] != "0":
-            # Most errors reach every rank, and rank 0 reports them. Then torchrun sends SIGTERM,
-            # which must end the other ranks in their sleep. Only an error of one rank gets further.
+            # Most errors reach every rank. Rank 0 reports them, and torchrun ends the others during
+            # this sleep, by SIGTERM. A rank that wakes up failed alone, and reports its own error.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         print(f"{name}: {error}", file=sys.stderr, flush=True)

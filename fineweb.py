@@ -239,7 +239,10 @@ def open_data(path: str, say=print) -> tuple[list[np.ndarray], list[np.ndarray]]
         train, val = list_shards(path, "train"), list_shards(path, "val")
         if not train or not val:
             what = f"no shard has {'val' if train else 'train'} in its name"
-            raise UserError(f"--data {path}: {what}; python fineweb.py --help says how to make it")
+            hint = "delete it and make it again with a smaller --shard_tokens"
+            raise UserError(
+                f"--data {path}: {what}; {hint if val else 'python fineweb.py makes it'}"
+            )
         manifest = read_manifest(path)
         if manifest and not manifest["complete"]:
             say(f"warning: {path} is incomplete; run its fineweb.py command again")
@@ -534,6 +537,9 @@ def build(args: argparse.Namespace) -> None:
         f"and {len(sizes) - 1:,} training shards{rest}; skipped {empty} empty and {not_text} that "
         f"were not text; replaced broken unicode in {broken}"
     )
+    if len(sizes) == 1:
+        hint = f"delete {folder}, and give --shard_tokens {max(1, sizes[0] // 10)}"
+        print(f"nothing is left to train on, because the first shard is for validation: {hint}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -157,7 +157,7 @@ def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: in
 def choose_micro_batch(config, model, compiled: bool, runtime) -> int:
     """--micro_batch, or as many sequences as fit into a GPU's free memory, up to 65,536 tokens.
 
-    Raises UserError, naming a batch that works, if the batch cannot be divided so.
+    Raises UserError, naming a batch that works, if --batch_tokens does not divide evenly.
     """
     unit = (config.micro_batch or 1) * config.seq_len * runtime.world
     if config.batch_tokens % unit:

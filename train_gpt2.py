@@ -6,7 +6,7 @@ chapters of the lecture that it covers.
 
     python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
-    python train_gpt2.py --preset gpt2                      # one GPU (15 hours on the lecture's)
+    python train_gpt2.py --preset gpt2                      # one GPU (15 hours on an A100)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs
     python train_gpt2.py --init_from log --eval_only --prompt "Once upon a time"
 
@@ -105,6 +105,7 @@ class CausalSelfAttention(nn.Module):
         # softmax(q k^T / sqrt(D)) v, where no token sees a later one. A sum of D products grows
         # like sqrt(D); divided by it, the softmax stays soft. FlashAttention (2022) computes this
         # block by block and never writes the (B, H, T, T) scores to memory.
+        # With a cache, token t of the T new ones sees S + t + 1 keys.
         mask = None if cache is None else causal_lower_right(T, k.size(2))
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
@@ -165,7 +166,7 @@ class GPT(nn.Module):
     dropout, so nothing here needs model.eval() and model.train().
     """
 
-    new_cache = KVCache  # for hellaswag.py, which cannot import this file
+    new_cache = KVCache  # for hellaswag.py, which this file imports
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -266,7 +267,8 @@ class GPT(nn.Module):
         odd += sorted(info["missing_keys"])  # transformers has drawn these weights at random
         if odd:
             raise UserError(f"{name_or_folder} is not a plain GPT-2: look at its {odd[0]}")
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+        model = cls(GPTConfig(seq_len=c.n_positions, vocab_size=c.vocab_size, **sizes))
         model.load_state_dict(cls.transposed(theirs.state_dict()))
         return model
 
@@ -322,8 +324,8 @@ def generate(model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_
 # --------------------------------------------------------------------------------------------------
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
-# Every setting is one line: a default, a flag, its help and its source. A flag wins over the
-# checkpoint (of --resume; of --init_from only its shape), then come preset and default.
+# Every setting is one line: a default, a flag, its help and its source. A flag wins over what was
+# loaded (by --resume all settings, by --init_from the model's shape), then preset, then default.
 
 
 def setting(default, help: str, choices=""):
@@ -333,8 +335,8 @@ def setting(default, help: str, choices=""):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: by default, as the lecture. Batch, warmup and validation are in tokens, so they
-    mean the same on any number of GPUs."""
+    """How to train. The defaults are the lecture's. Batch, warmup and validation are in tokens, so
+    they mean the same on any number of GPUs."""
 
     preset: str = setting("", "which preset to start from; other flags override it")
     data: str = setting("", "folder of token shards, or a text (its last tenth is for validation)")
@@ -344,8 +346,8 @@ class TrainConfig:
     eval_only: bool = setting(False, "only print validation loss and samples of --init_from")
     prompt: str = setting("Hello, I'm a language model,", "text that samples continue")  # lecture
     seed: int = setting(1337, "random seed for weights, data order and samples")  # the lecture
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the first that works")
-    dtype: str = setting("auto", "precision of products", choices="auto bfloat16 float16 float32")
+    device: str = setting("auto", "cuda, mps or cpu; auto takes the first available")
+    dtype: str = setting("auto", "matmul precision", choices="auto bfloat16 float16 float32")
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
     n_layer: int = setting(12, "number of layers")  # GPT-2 paper, table 2
@@ -362,14 +364,13 @@ class TrainConfig:
     min_lr_ratio: float = setting(0.1, "final learning rate, over the peak")  # GPT-3, B
     warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, appendix B
     weight_decay: float = setting(0.1, "decay of matrices and embeddings")  # GPT-3, appendix B
-    grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: do not")  # GPT-3, app. B
+    grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: never")  # GPT-3, app. B
 
     val_every: int = setting(250, "steps between validation losses; 0: never")  # the lecture
     val_tokens: int = setting(20 * 2**19, "number of validation tokens to read")  # the lecture
     sample_every: int = setting(250, "steps between samples; 0: never")  # the lecture
     hellaswag_every: int = setting(250, "steps between HellaSwag scores; 0: never")  # the lecture
     checkpoint_every: int = setting(250, "steps between checkpoints; 0: one at the end")  # ours
-    keep_every: int = setting(0, "also keep each checkpoint whose step is a multiple of this")
 
     def __post_init__(self):
         positive = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens")
@@ -400,8 +401,8 @@ PRESETS = {
 }
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WITHOUT_PRESET = " (by default gpt2 if python fineweb.py has made edu_fineweb10B, else demo)"
-SHAPE = ("n_layer", "n_head", "n_embd")  # no flag can change these in a loaded model,
-FIXED = (*SHAPE, "preset", "seq_len", "batch_tokens", "seed", "optimizer")  # nor these on --resume
+SHAPE = ("n_layer", "n_head", "n_embd")  # no flag can change these in a loaded model
+FIXED = (*SHAPE, "preset", "seq_len", "batch_tokens", "seed", "optimizer")  # or these on --resume
 
 
 def make_config(flags: dict, loaded: dict) -> TrainConfig:
@@ -411,15 +412,16 @@ def make_config(flags: dict, loaded: dict) -> TrainConfig:
     preset = flags.get("preset") or loaded.get("preset") or guess
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    for name in FIXED if "seed" in loaded else SHAPE:  # a whole run, or only a model
+    resuming = "seed" in loaded  # a model alone has no seed
+    for name in FIXED if resuming else SHAPE:
         if name in flags and flags[name] != loaded.get(name, flags[name]):
             what = f"--{name} {flags[name]}: what was loaded has {loaded[name]}"
             raise UserError(f"{what}; leave the flag out, or start another run")
-    if "epochs" in flags:
+    if "epochs" in flags:  # they replace a preset's number of steps
         flags = {"max_steps": 0, **flags}
     data = here / ("input.txt" if preset == "demo" else "edu_fineweb10B")
     merged = {"data": str(data), **PRESETS[preset], **loaded, **flags, "preset": preset}
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    known = {f.name for f in dataclasses.fields(TrainConfig)}  # vocab_size is not among them
     return TrainConfig(**{name: value for name, value in merged.items() if name in known})
 
 
@@ -515,8 +517,8 @@ class DataLoaderLite:
     So ranks cannot drift apart, resuming takes only the step, and the batches are the same for any
     number of ranks and any micro-batch.
 
-    Sequence i of a shard is its tokens i T .. (i + 1) T: T inputs; the targets are the same tokens
-    shifted by one. Sequence g of the run is in epoch g // epoch_sequences. Every epoch shuffles the
+    Sequence i of a shard is its T + 1 tokens from i T on: the first T are the inputs, the last T
+    the targets. Sequence g of the run is in epoch g // epoch_sequences. Every epoch shuffles the
     shards, and the sequences within each shard. Seed None keeps the files' order.
     """
 
@@ -542,6 +544,7 @@ class DataLoaderLite:
             if g < self.counts[shard]:
                 break
             g -= self.counts[shard]
+        # 1 + shard, because numpy takes (seed, epoch, 0) for the same seed as (seed, epoch).
         first = self.order(self.counts[shard], epoch, 1 + shard)[g] * self.seq_len
         tokens = self.shards[shard][first : first + self.seq_len + 1]
         if tokens.max() >= fineweb.VOCAB_SIZE:
@@ -658,7 +661,7 @@ def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
     # One bad batch should not throw the model off, so the gradient's norm is capped.
     norm = nn.utils.clip_grad_norm_(ddp.parameters(), config.grad_clip or math.inf)
     # Until here Python has only queued work. Now it asks for numbers and waits until the GPU has
-    # them. A clock needs no torch.cuda.synchronize, and nothing else in a step waits.
+    # them. Timing a step needs no torch.cuda.synchronize, and nothing else in a step waits.
     loss, norm, stops = runtime.sum(total, norm, bool(stop))
     loss, norm = loss / runtime.world, norm / runtime.world
     for optimizer in optimizers:
@@ -666,7 +669,7 @@ def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
             group["lr"] = lr
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
-        # DDP's gradients are views of the buckets that the ranks exchange; they stay there.
+        # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
         optimizer.zero_grad(set_to_none=runtime.world == 1)
     scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
     return loss, norm, stops > 0
@@ -677,9 +680,8 @@ def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
 # --------------------------------------------------------------------------------------------------
 # The training loss says how well the model learns, the validation loss whether that carries over to
 # text that it has not seen. A loss in nats per token depends on the tokenizer; divided by ln 2 and
-# by the tokens' bytes it is in bits per byte, which is comparable across tokenizers. HellaSwag asks
-# which of four endings fits a story: chance is 0.25, GPT-2 (124M)
-# has an acc_norm of 0.2955.
+# by the mean bytes of a token it is in bits per byte, comparable across tokenizers. HellaSwag asks
+# which of four endings fits a story: chance is 0.25, and GPT-2 (124M) has an acc_norm of 0.2955.
 
 
 @torch.no_grad()
@@ -772,7 +774,7 @@ def main(argv: list[str] | None = None) -> None:
         loaded = dataclasses.asdict(model.config)
     config = make_config(flags, loaded)
     runtime = Runtime(config)
-    runtime.print(f"preset {config.preset}, data {config.data}{WITHOUT_PRESET}")
+    runtime.print(f"preset {config.preset}{WITHOUT_PRESET}, data {config.data}")
 
     # The data and the model.
     train_shards, val_shards = fineweb.open_data(config.data, runtime.print)
@@ -791,7 +793,7 @@ def main(argv: list[str] | None = None) -> None:
         return runtime.close()
     examples = hellaswag.load_examples(runtime=runtime) if config.hellaswag_every else []
     compiled = machine.can_compile(config.compile, runtime)
-    if compiled:  # in place: model(x) is, model.forward(x) and model.hidden(x) stay eager
+    if compiled:  # only model(x); model.forward(x) and model.hidden(x) stay eager
         model.compile(dynamic=False)
     micro_batch = machine.choose_micro_batch(config, model, compiled, runtime)
     steps = count_steps(config, loader.epoch_sequences)
@@ -829,9 +831,8 @@ def main(argv: list[str] | None = None) -> None:
             began = time.perf_counter()
             batch = runtime.to_device(ahead.result())
             ahead = reader.submit(batches, step + 1)
-            lr = learning_rate(
-                (step + 1) * config.batch_tokens, steps * config.batch_tokens, config
-            )
+            seen = (step + 1) * config.batch_tokens
+            lr = learning_rate(seen, steps * config.batch_tokens, config)
             loss, norm, stopped = train_step(
                 ddp, optimizers, scaler, batch, lr, stop, config, runtime
             )
