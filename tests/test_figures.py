@@ -45,9 +45,9 @@ def metrics(name: str, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def numbers(name: str, pattern: str) -> list[tuple[float, ...]]:
-    """The groups of all matches in a run's result.txt."""
-    found = re.findall(pattern, (RUNS / name / "result.txt").read_text(), re.MULTILINE)
+def numbers(name: str, pattern: str, file="result.txt") -> list[tuple[float, ...]]:
+    """The groups of all matches in what a run printed."""
+    found = re.findall(pattern, (RUNS / name / file).read_text(), re.MULTILINE)
     assert found, pattern
     rows = [row if isinstance(row, tuple) else (row,) for row in found]
     return [tuple(float(value.replace(",", "")) for value in row) for row in rows]
@@ -78,6 +78,20 @@ def test_step(network):
         ((speed, times, peak),) = numbers("step-cpu", pattern.format(network, variant))
         times = "1" if variant == "transformers" else f"{times:.2f}"
         says(f"| {network}, {shown} | {speed:,.0f} | {times} | {peak:.2f} GB |")
+
+
+@pytest.mark.parametrize("size", ["124M", "demo"])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_beside_the_first_edition(size, how):
+    medians = []
+    for edition in ("first edition", "this one"):
+        pattern = rf'^{size}, ours {how}, {edition}: {{"tokens_per_second": (.+), "peak_gb": (.+)}}'
+        found = np.array(numbers("step-cpu", pattern, "first_edition.txt"))
+        assert len(found) == 3
+        medians.append(np.median(found, axis=0))
+    (before, before_gb), (now, now_gb) = medians
+    speeds = f"{before:,.0f} | {now:,.0f} | {now / before - 1:+.0%}"
+    says(f"| {size}, {how} | {speeds} | {before_gb:.2f} | {now_gb:.2f} |")
 
 
 def test_share_of_training():
