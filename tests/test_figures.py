@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from night import facts
 from torch.distributed.run import get_args_parser
 
 import machine
@@ -199,6 +200,39 @@ def test_restarts():
     says(f"of {runs} runs with a killed rank, {hung} hung and {failed} failed")
     runs, right, _, _ = totals["with the variable"]
     says(f"With it, {right} of {runs} finished")
+
+
+def test_rehearsal():
+    """Both runs recorded the same; what each fault cost, and the memory of each rank."""
+    folder = RUNS / "rehearsal-cpu"
+    assert facts(folder / "night") == facts(folder / "quiet")
+    result = json.loads((folder / "rehearsal.json").read_text())
+    quiet, night = result["quiet"], result["night"]
+    for event in night["events"]:
+        back = "it went on" if event["resumed_at"] is None else event["resumed_at"]
+        cells = [f"{event['seconds'] / 60:.1f}", event["step"], event["fault"]]
+        cells += [event.get("rank", "both"), back, f"{event['lost_seconds']:.0f}"]
+        folder_says("rehearsal-cpu", f"| {' | '.join(map(str, cells))} |")
+    minutes = [seconds / 60 for seconds in (quiet["seconds"], night["seconds"])]
+    says(f"took {minutes[1]:.0f} minutes instead of {minutes[0]:.0f}")
+    other = 1 - quiet["training_seconds"] / quiet["seconds"]
+    folder_says("rehearsal-cpu", f"{other:.0%} of the time was not training")
+    use = (folder / "use.txt").read_text()
+    ours, theirs = re.search(r"perplexity ([\d.]+), transformers' ([\d.]+)", use).groups()
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+    folder_says("rehearsal-cpu", f"a perplexity of {theirs} on the whole validation shard")
+    folder_says("rehearsal-cpu", f"ours is {ours}")
+    scores = re.findall(r"acc ([\d.]+) acc_norm ([\d.]+)", use)
+    assert scores[0] == scores[1], "hellaswag.py --harness and lm-eval"
+    folder_says("rehearsal-cpu", f"alike: acc {scores[0][0]}, acc_norm {scores[0][1]}")
+    rows = [line.split(",") for line in (folder / "memory.csv").read_text().splitlines()[1:]]
+    for run in ("quiet", "night"):
+        for rank in "01":
+            at = [(int(row[2]), int(row[4])) for row in rows if (row[0], row[3]) == (run, rank)]
+            parts = [[mb for step, mb in at if a <= step < a + 120] for a in (40, 160, 280)]
+            cells = [f"{statistics.median(part):,.0f}" for part in parts]
+            cells.append(f"{max(mb for _, mb in at):,}")
+            folder_says("rehearsal-cpu", f"| {run}, rank {rank} | {' | '.join(cells)} |")
 
 
 def test_presets():
