@@ -57,7 +57,8 @@ def test_a_machine_dies_and_comes_back(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a disk")
 def test_rehearsal(tmp_path):
     """runs/rehearsal-cpu, small: every fault hits one run, which records what a quiet one does."""
-    for path in [*ROOT.glob("*.py"), ROOT / "runs/rehearsal-cpu/rehearse.py"]:
+    shared = [ROOT / "tests" / name for name in ("night.py", "helpers.py")]
+    for path in [*ROOT.glob("*.py"), ROOT / "runs/rehearsal-cpu/rehearse.py", *shared]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     hub = tmp_path / "HuggingFaceFW/fineweb-edu"

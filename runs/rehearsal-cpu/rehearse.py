@@ -34,7 +34,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from night import facts
+
 import fineweb
 import hellaswag
 
@@ -194,14 +196,6 @@ def run(folder: str, flags: list[str], steps: int, faults: list) -> dict:
     return result
 
 
-def facts(folder: str) -> list[dict]:
-    """All that a run recorded, but for the header, the clock and what --resume changed."""
-    clock = ("step_ms", "tokens_per_second", "mfu")
-    lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines()[1:])
-    lines = (line for line in lines if line["kind"] != "resume")
-    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
-
-
 def main() -> None:
     os.chdir(ROOT)
     flags, steps, shard_tokens, disk = SIZES["small" if "--small" in sys.argv[1:] else "full"]
@@ -217,7 +211,7 @@ def main() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={disk}", "tmpfs", "night"], check=True)
     Path("memory.csv").write_text("run,seconds,steps,rank,MB\n")
     result = {"quiet": run("quiet", flags, steps, []), "night": run("night", flags, steps, FAULTS)}
-    quiet, night = facts("quiet"), facts("night")
+    quiet, night = facts(Path("quiet")), facts(Path("night"))
     result["equal"] = quiet == night
     losses = [
         [line["loss"] for line in lines if line["kind"] == "train"] for lines in (quiet, night)
