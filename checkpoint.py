@@ -2,27 +2,13 @@
 
     metrics.jsonl            one JSON object per line: a header, which says how to repeat the run,
                              then records of kind train, val, hellaswag and sample
-    checkpoint_0000250.pt    everything after 250 steps, as plain data: weights, optimizer, settings
+    checkpoint_0000250.pt    everything after 250 steps: weights, optimizer, settings
 
-`--resume` continues from the newest whole checkpoint. You can give it from the first start:
-
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 \\
-        --max-restarts=3 train_gpt2.py --resume
-
-The variable gives the ranks a new key-value store after a restart. Otherwise torchrun keeps the old
-one, with the addresses of dead ranks still in it.
-
-    what happens               what you find in the morning
-    a rank is killed           torchrun restarted all of them, from the last checkpoint
-    a rank hangs               the others gave up after 10 minutes, then as above
-    SIGTERM, SIGUSR1, Ctrl-C   the step was finished and a checkpoint written; run it again to go on
-    power cut, kill -9         run it again; it skips a damaged checkpoint, and says so
-    full disk                  training went on; each checkpoint that failed is named
-    loss or norm not finite    it stopped before that update; the last good checkpoint is named
-
-A resumed run repeats the losses, gradient norms and samples of an uninterrupted one: bit for bit on
-a CPU with one rank, or with the same two; to 1e-4 with other numbers, where gradients are added in
-another order. On a GPU that order is never fixed, so any two runs differ in their last bits.
+`--resume` continues from the newest whole checkpoint. README.md ("When something goes wrong") says
+what can happen to a run and what you find in the morning. A resumed run repeats the losses,
+gradient norms and samples of an uninterrupted one: bit for bit on a CPU with one rank, or with the
+same two; to 1e-4 with other numbers, where gradients are added in another order. On a GPU that
+order is never fixed, so any two runs differ in their last bits.
 
 Nothing that is loaded can run code: checkpoints are plain data, read with weights_only=True.
 torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
@@ -38,43 +24,31 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 import fineweb
 import machine
-from command import UserError, first_line
-
-# --------------------------------------------------------------------------------------------------
-# 1. The folder and its records (ours)
-# --------------------------------------------------------------------------------------------------
+from command import UserError, explain, first_line
 
 
-def open_folder(folder: Path, resume: bool) -> None:
-    """Make --out_dir. Raises UserError if it cannot be written, or a run in it would be lost."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out_dir {folder} cannot be written: {error.strerror}") from None
-    if not resume and ((folder / "metrics.jsonl").exists() or files(folder)):
-        raise UserError(f"--out_dir {folder} already holds a run; add --resume, or name another")
-
-
-def describe_run(config, model, compiled: bool, micro_batch: int, loader, runtime) -> dict:
-    """Everything needed to repeat this run: the header of metrics.jsonl and of checkpoints."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        answer = subprocess.run(git, check=False, capture_output=True, text=True)
-        revision = answer.stdout.strip() or None
-    except OSError:  # git is not installed
-        revision = None
+def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -> dict:
+    """Print a summary -> all that is needed to repeat the run: the header of its files."""
+    count = sum(p.numel() for p in model.parameters())
+    warmup = math.ceil(config.warmup_tokens / config.batch_tokens)
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    runtime.print(
+        f"{count:,} parameters, {'compiled' if compiled else 'eager'}, on"
+        f" {runtime.world} x {runtime.device_type} in {dtype}\n"
+        f"{steps:,} steps of {config.batch_tokens:,} tokens ({warmup:,} of warmup),"
+        f" {micro_batch} sequences of {config.seq_len} at a time"
+    )
+    git = "git describe --always --dirty"  # the code that ran
+    here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
+    revision = subprocess.run(git, **here, check=False).stdout.strip()
     name = machine.device_name(runtime.device)
     return dict(
         command=shlex.join(sys.argv),
@@ -85,130 +59,60 @@ def describe_run(config, model, compiled: bool, micro_batch: int, loader, runtim
         epoch_sequences=loader.epoch_sequences,  # a resumed run must find the same data
         versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
         device=dict(kind=runtime.device_type, name=name, processes=runtime.world),
-        dtype=str(runtime.dtype).removeprefix("torch."),
-        revision=revision,
+        dtype=dtype,
+        revision=revision or None,  # None without git or a repository
     )
-
-
-def step_recorded(line: bytes) -> float:
-    """The step of a line of metrics.jsonl: -1 for the header, infinity for a damaged line."""
-    try:
-        return json.loads(line).get("step", -1) if line.endswith(b"\n") else math.inf
-    except ValueError:  # a power cut can leave anything
-        return math.inf
 
 
 class Records:
     """metrics.jsonl. Rank 0 writes it; on the other ranks nothing happens.
 
-    When a run resumes at step `first`, the records from there on are dropped, so each step occurs
-    once. Settings that the command line has changed are recorded and printed.
+    A run that resumes at step `first` drops the records from there on, so each step occurs once.
     """
 
-    def __init__(self, first: int, steps: int, header: dict, model, runtime):
-        self.steps = steps
-        self.runtime = runtime
-        settings = header["settings"]
-        self.tokens = settings["batch_tokens"]
-        self.flops = self.tokens * model.flops_per_token(settings["seq_len"])
-        self.peak = machine.peak_flops(runtime.device)
-        self.first = first
-        self.began = time.perf_counter()
-        self.shown = 0.0
-        count = sum(p.numel() for p in model.parameters())
-        warmup = math.ceil(settings["warmup_tokens"] / self.tokens)
-        runtime.print(
-            f"{count:,} parameters, {'compiled' if header['compiled'] else 'eager'}, on"
-            f" {runtime.world} x {runtime.device_type} in {header['dtype']}\n"
-            f"{steps:,} steps of {self.tokens:,} tokens ({warmup:,} of warmup),"
-            f" {header['micro_batch']} sequences of {settings['seq_len']} at a time"
-        )
+    def __init__(self, first: int, header: dict, runtime):
         self.file = None
         if runtime.rank > 0:
             return
-        path = Path(settings["out_dir"]) / "metrics.jsonl"
+        path = Path(header["settings"]["out_dir"]) / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() and first else []
-        kept = [line for line in lines if step_recorded(line) < first]
         with fineweb.whole_file(path) as file:
-            file.write(b"".join(kept))
+            file.writelines(line for line in lines if step_recorded(line) < first)
         self.file = open(path, "ab", buffering=2**20)
-        if not kept:
-            self.write("header", **header)
-            return
-        before = json.loads(kept[0]).get("settings", settings)
-        changed = {key: value for key, value in settings.items() if before.get(key) != value}
-        changed = {key: changed[key] for key in changed if key not in ("out_dir", "resume")}
-        if changed:
-            runtime.print(f"changed on --resume: {changed}")
-            self.write("resume", step=first, **changed)
-
-    def train(self, step: int, seconds: float, **values) -> None:
-        """Record a training step; print about one per second, with an ETA."""
-        now = time.perf_counter()
-        speed = self.tokens / seconds
-        mfu = self.flops / seconds / self.runtime.world / self.peak if self.peak else None
-        timing = dict(step_ms=1000 * seconds, tokens_per_second=speed, mfu=mfu)
-        self.write("train", step=step, **values, **timing)
-        if now - self.shown > 1 or step == self.steps - 1:
-            self.shown = now
-            left = (self.steps - step - 1) * (now - self.began) / (step + 1 - self.first)
-            line = f"step {step:5d}/{self.steps} | loss {values['loss']:.4f}"
-            line += f" | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f}"
-            line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
-            line += f" | mfu {mfu:.1%}" if mfu else ""
-            self.runtime.print(f"{line} | eta {timedelta(seconds=round(left))}")
+        self.write("resume" if first else "header", step=first, **header)
 
     def write(self, kind: str, **values) -> None:
-        if self.file is None:
-            return
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[key] = None  # JSON has no infinity and no NaN
-        try:
-            self.file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
-            self.file.flush()
-        except OSError:  # the disk is full: the buffer keeps the line, and the next flush writes it
-            pass
+        if self.file:
+            try:
+                self.file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
+                self.file.flush()
+            except OSError:  # the disk is full: the buffer keeps the line for the next flush
+                pass
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Checkpoints (ours)
-# --------------------------------------------------------------------------------------------------
+def step_recorded(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinity if a power cut has damaged it."""
+    try:
+        return json.loads(line).get("step", 0) if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
 
 
-def files(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first. Copies with other names do not count."""
-    numbered = [path for path in folder.glob("checkpoint_*.pt") if path.stem[11:].isdigit()]
-    return sorted(numbered, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.stem[11:])  # checkpoint_0000250
-
-
-def find(source: str) -> Path | None:
-    """The checkpoint that `source` names: a file, or the newest one in a folder."""
-    path = Path(source)
-    if path.is_dir():
-        return files(path)[-1] if files(path) else None
-    return path if path.is_file() else None
+def files(path: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; or a path itself, if it is a file's."""
+    return [path] if path.is_file() else sorted(path.glob(f"checkpoint_{7 * '[0-9]'}.pt"))
 
 
 def read(path: Path) -> dict:
     """Read what a Saver wrote. Raises UserError for anything else."""
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not check the checksums
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
+    with explain(f"{path} is not a whole checkpoint"):
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not check the checksums
+                raise ValueError("its checksums are wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "network", "settings", "model"} - content.keys()
-        if missing:
-            raise ValueError(f"it has no {min(missing)}")
+        if not {"step", "network", "settings", "model"} <= content.keys():
+            raise ValueError("it lacks some of what a checkpoint has")
         return content
-    except Exception as error:  # a damaged file can fail in many ways
-        what = f"{path} is not a whole checkpoint"
-        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from None
 
 
 def newest(folder: Path) -> dict | None:
@@ -217,16 +121,16 @@ def newest(folder: Path) -> dict | None:
     Raises UserError if there are checkpoints and none is whole.
     """
     say = print if os.getenv("RANK", "0") == "0" else lambda *_, **__: None
-    paths = files(folder)
-    for path in reversed(paths):
+    for path in reversed(files(folder)):
         try:
             content = read(path)
-            content["settings"]["out_dir"] = str(folder)  # it may have been moved
-            say(f"resuming from {path}", flush=True)
-            return content
         except UserError as error:
             say(f"{error}; trying the one before", flush=True)
-    if paths:
+            continue
+        say(f"resuming from {path}", flush=True)
+        content["settings"] |= dict(out_dir=str(folder), resume=True)  # it may have been moved
+        return content
+    if files(folder):
         raise UserError(f"no checkpoint in {folder} is whole; start again in another --out_dir")
     say(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
     return None
@@ -236,7 +140,7 @@ def copy_to_cpu(value):
     """Copy all tensors in nested dicts and lists to the CPU."""
     if isinstance(value, dict):
         return {key: copy_to_cpu(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [copy_to_cpu(part) for part in value]
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
@@ -248,8 +152,7 @@ class Saver:
     previous write if it is not finished. A failed write is reported and does not stop the run.
     `parts` are objects with state_dict() and load_state_dict(), by name; one of them is the model.
     There are no random states to save: without dropout, training draws no random numbers. (With
-    it, seed torch from --seed, the step and the rank before each step.) Data order and samples have
-    generators of their own.
+    it, seed torch from --seed, the step and the rank before each step.)
     """
 
     def __init__(self, parts: dict, header: dict, runtime):
@@ -259,8 +162,12 @@ class Saver:
         self.folder = Path(header["settings"]["out_dir"])
         self.saved = 0  # the step of the newest checkpoint
         self.thread = ThreadPoolExecutor(1)
-        self.writing = None
-        open_folder(self.folder, header["settings"]["resume"])
+        self.writing = self.thread.submit(str)  # the latest write: its result is what went wrong
+        with explain(f"--out_dir {self.folder} cannot be used"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        holds_run = (self.folder / "metrics.jsonl").exists() or files(self.folder)
+        if holds_run and not header["settings"]["resume"]:
+            raise UserError(f"{self.folder} already holds a run; add --resume or change --out_dir")
         if runtime.rank == 0:
             for partial in self.folder.glob("checkpoint_*.tmp"):  # a killed run left it
                 partial.unlink()
@@ -274,14 +181,16 @@ class Saver:
             if saved["epoch_sequences"] != self.header["epoch_sequences"]:
                 raise UserError("the training data has changed since the checkpoint")
             if saved["step"] > steps:
-                what = f"the checkpoint is from step {saved['step']}"
-                raise UserError(f"{what}, and the run ends at {steps}")
+                raise UserError(f"the checkpoint is of step {saved['step']}, the last is {steps}")
             for name, part in self.parts.items():
                 state = saved[name]
                 if "param_groups" in state:  # today's settings win over the optimizer's then
-                    state = {**state, "param_groups": part.state_dict()["param_groups"]}
-                if state:  # a scaler that is not in use has none
+                    state["param_groups"] = part.state_dict()["param_groups"]
+                if state:  # a scaler that was not in use has none
                     part.load_state_dict(state)
+            changed = sorted(self.header["settings"].items() - saved["settings"].items())
+            if changed:
+                self.runtime.print(f"changed on --resume: {dict(changed)}")
             self.saved = saved["step"]
         sums = self.runtime.sum(self.saved, self.saved**2)
         if sums != [self.saved * self.runtime.world, self.saved**2 * self.runtime.world]:
@@ -292,7 +201,7 @@ class Saver:
         if self.runtime.rank > 0 or step == self.saved:
             return
         self.saved = step
-        self.wait()
+        self.writing.result()  # wait for the previous write
         content = copy_to_cpu({name: part.state_dict() for name, part in self.parts.items()})
         weights = content["model"]
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: stored once
@@ -300,26 +209,21 @@ class Saver:
 
     def write(self, content: dict) -> str:
         """Write a checkpoint and delete old ones -> what went wrong, or ""."""
+        path = self.folder / f"checkpoint_{content['step']:07d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-            with fineweb.whole_file(self.folder / f"checkpoint_{content['step']:07d}.pt") as file:
+            with fineweb.whole_file(path) as file:
                 torch.save(content, file)
-            older = [path for path in files(self.folder) if step_of(path) < content["step"]]
-            for path in older[:-1]:
-                path.unlink()
+            for old in [other for other in files(self.folder) if other < path][:-1]:
+                old.unlink()
             return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-            reason = getattr(error, "strerror", None) or first_line(error)
-            failure = f"checkpoint {content['step']} NOT written: {reason}"
+            failure = f"{path} NOT written: {first_line(error)}"
             print(failure, flush=True)
             return failure
 
-    def wait(self) -> str:
-        """Wait for the current write -> what went wrong, or ""."""
-        return self.writing.result() if self.writing else ""
-
     def diverged(self, step: int, loss: float, norm: float) -> UserError:
-        self.wait()
+        self.writing.result()  # the newest may still be on its way
         last = (files(self.folder) or ["none"])[-1]
         what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last}"
         hint = "try --resume --dtype float32, or --init_from it with a lower --learning_rate"
@@ -328,8 +232,7 @@ class Saver:
     def close(self, step: int) -> None:
         """Write a last checkpoint. Raises UserError if it cannot be written."""
         self.save(step)
-        failure = self.wait()
-        if failure:
+        if failure := self.writing.result():
             raise UserError(failure)
 
 
@@ -347,9 +250,6 @@ class Stop:
 
     def __bool__(self) -> bool:
         return bool(self.signal)
-
-    def __str__(self) -> str:
-        return self.signal or "another rank"
 
     def on_signal(self, number, frame) -> None:
         if self.signal and number == signal.SIGINT:

@@ -72,8 +72,9 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """A device's operations per second by its data sheet; None if it is not in PEAK_TFLOPS."""
+    this = device_name(device)
     for name, tflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{name}\b", device_name(device)):
+        if re.search(rf"\b{name}\b", this):
             return 1e12 * tflops
     return None
 

@@ -10,16 +10,8 @@ chapters of the lecture that it covers.
     torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs
     python train_gpt2.py --init_from log --eval_only --prompt "Once upon a time"
 
-Contents
-    1. The network
-    2. Sampling
-    3. Settings
-    4. The machine
-    5. The data
-    6. The optimizer and its schedule
-    7. The training step
-    8. Evaluation
-    9. The run
+Contents: 1. the network, 2. sampling, 3. settings, 4. the machine, 5. the data, 6. the optimizer
+and its schedule, 7. the training step, 8. evaluation, 9. the run.
 
 Single letters are sizes: B batch (sequences), T time (tokens in a sequence), C channels, H heads,
 D = C / H, V vocabulary, L layers, S tokens so far. Shape comments read "what goes in -> comes out".
@@ -34,6 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +41,7 @@ import checkpoint
 import fineweb
 import hellaswag
 import machine
-from command import UserError, first_line, parse_flags, run_command
+from command import UserError, explain, parse_flags, run_command
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network (0:13:47 the nn.Module; 0:28:08 published parameters; 0:52:53 cross entropy;
@@ -253,13 +246,10 @@ class GPT(nn.Module):
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        try:  # from safetensors: unlike a pickle, such a file cannot hold code
-            theirs, info = transformers.GPT2LMHeadModel.from_pretrained(
-                name_or_folder, use_safetensors=True, output_loading_info=True
-            )
-        except Exception as error:  # every cause raises its own type of exception
-            what = f"cannot load GPT-2 weights from {name_or_folder}"
-            raise UserError(f"{what}: {first_line(error)}") from None
+        # From safetensors: unlike a pickle, such a file cannot hold code.
+        options = dict(use_safetensors=True, output_loading_info=True)
+        with explain(f"cannot load GPT-2 weights from {name_or_folder}"):
+            theirs, info = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
         c, plain = theirs.config, transformers.GPT2Config()
         must_match = ("activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights")
         must_match += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
@@ -381,8 +371,8 @@ class TrainConfig:
         if self.eval_only and (self.resume or not self.init_from):
             raise UserError("--eval_only needs --init_from, and not --resume")
         if self.n_embd % self.n_head:
-            what = f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
-            raise UserError(f"{what}; try --n_head {math.gcd(self.n_embd, self.n_head)}")
+            what = f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}"
+            raise UserError(f"{what}; try {math.gcd(self.n_embd, self.n_head)}")
 
 
 # What differs from the defaults. Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code.
@@ -529,9 +519,8 @@ class DataLoaderLite:
         self.counts = [max(0, len(shard) - 1) // seq_len for shard in shards]
         self.epoch_sequences = sum(self.counts)
         if not self.epoch_sequences:
-            most = max(map(len, shards)) - 1
-            hint = f"try --seq_len {most}" if most > 0 else "give more text"
-            raise UserError(f"{source} has no sequence of {seq_len} + 1 tokens; {hint}")
+            what = f"{source} has no sequence of {seq_len} + 1 tokens; give more text, or"
+            raise UserError(f"{what} try --seq_len {max(map(len, shards)) - 1}")
 
     def order(self, size: int, *key: int):
         """0 .. size - 1, shuffled by the seed and `key`."""
@@ -549,8 +538,7 @@ class DataLoaderLite:
         tokens = self.shards[shard][first : first + self.seq_len + 1]
         if tokens.max() >= fineweb.VOCAB_SIZE:
             name = getattr(self.shards[shard], "filename", "the text")
-            what = f"shard {name} holds id {tokens.max()} at token {first + tokens.argmax()}"
-            raise UserError(f"{what}, above GPT-2's last, {fineweb.END_OF_TEXT}; make it again")
+            raise UserError(f"{name} holds id {tokens.max()}: it is not made of GPT-2's tokens")
         return tokens
 
     def sequences(self, numbers) -> torch.Tensor:
@@ -634,9 +622,7 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # Beware of the mean: four losses a, b, c, d have the mean (a + b + c + d) / 4, but four backward
 # passes add up the gradient of a + b + c + d. Hence each loss is divided by the number of
 # micro-steps. With several ranks, each does this for its share, and DDP averages their gradients.
-#
-# The micro-batch is what fits into the memory. For GPT-2 (124M) and 64 x 1024 tokens that is 32 GB:
-# parameters 2.2 (the 16 bytes, and a bfloat16 copy), activations 23.6, logits 6.6 (machine.py).
+# machine.py works out which micro-batch fits: 64 x 1024 tokens of GPT-2 (124M) take 32 GB.
 
 
 def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
@@ -673,6 +659,23 @@ def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
         optimizer.zero_grad(set_to_none=runtime.world == 1)
     scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
     return loss, norm, stops > 0
+
+
+def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runtime) -> None:
+    """Record a step that took `seconds`. Print about one per second, with the time left."""
+    speed = config.batch_tokens / seconds
+    flops = model.flops_per_token(config.seq_len) * speed / runtime.world
+    peak = machine.peak_flops(runtime.device)
+    mfu = flops / peak if peak else None  # model FLOPs utilization, as a part of 1
+    values = dict(loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, mfu=mfu)
+    records.write("train", step=step, **values, step_ms=1000 * seconds, tokens_per_second=speed)
+    now = time.perf_counter()
+    if int(now) > int(now - seconds) or step in (0, steps - 1):
+        left = timedelta(seconds=round(seconds * (steps - step - 1)))  # without evaluations
+        line = f"step {step:5d}/{steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+        line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
+        line += f" | mfu {mfu:.1%}" if mfu else ""
+        runtime.print(f"{line} | {left} left")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -740,19 +743,15 @@ def show_hellaswag(step, model, examples, records, runtime) -> None:
 
 def load_model(source: str) -> GPT:
     """Load a checkpoint, an --out_dir's newest one, a transformers folder, or a published model."""
-    path = checkpoint.find(source)
-    if path:
-        content = checkpoint.read(path)
+    if paths := checkpoint.files(Path(source)):
+        content = checkpoint.read(paths[-1])
         model = GPT(GPTConfig(**content["network"]))
         model.load_state_dict(content["model"])
         return model
     if not Path(source, "config.json").is_file() and source not in PUBLISHED:
         what = f"--init_from {source} is not a checkpoint, a folder with one, a transformers folder"
         raise UserError(f"{what}, or one of {', '.join(PUBLISHED)}")
-    model = GPT.from_pretrained(source)
-    if model.config.vocab_size < fineweb.VOCAB_SIZE:
-        raise UserError(f"--init_from {source} does not have all of GPT-2's tokens")
-    return model
+    return GPT.from_pretrained(source)
 
 
 def due(every: int, step: int, steps: int) -> bool:
@@ -801,12 +800,12 @@ def main(argv: list[str] | None = None) -> None:
     # What trains it, and what it leaves behind.
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
-    header = checkpoint.describe_run(config, model, compiled, micro_batch, loader, runtime)
+    header = checkpoint.describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
     parts = {"model": model, "scaler": scaler, **{type(o).__name__: o for o in optimizers}}
     saver = checkpoint.Saver(parts, header, runtime)
     first = saver.restore(saved, steps)
     saved = None  # free its 1.5 GB
-    records = checkpoint.Records(first, steps, header, model, runtime)
+    records = checkpoint.Records(first, header, runtime)
     stop = checkpoint.Stop()
     # Only the training step uses the wrapper: no "module." in keys, and one rank can sample alone.
     ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
@@ -839,10 +838,11 @@ def main(argv: list[str] | None = None) -> None:
             # In float16 the norm may overflow, and the scale is halved. Otherwise the scale is 1.
             if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
                 raise saver.diverged(step, loss, norm)
-            records.train(step, time.perf_counter() - began, loss=loss, lr=lr, grad_norm=norm)
+            seconds = time.perf_counter() - began
+            show_step(step, steps, seconds, loss, lr, norm, model, config, records, runtime)
     saver.close(step)
     if stopped:
-        runtime.print(f"stopped by {stop} after step {step}; run it again with --resume")
+        runtime.print(f"stopped by {stop.signal or 'another rank'} after step {step}; add --resume")
     runtime.close()
 
 

@@ -63,7 +63,8 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     assert content["settings"]["seq_len"] == 16
     assert [group["weight_decay"] for group in content["AdamW"]["param_groups"]] == [0.25, 0.0]
     (changed,) = records(folder, "resume")
-    assert (changed["step"], changed["weight_decay"], changed["max_steps"]) == (160, 0.25, 165)
+    now = changed["settings"]
+    assert (changed["step"], now["weight_decay"], now["max_steps"]) == (160, 0.25, 165)
     assert "'weight_decay': 0.25" in taken.stdout
     kept = [int(path.stem.split("_")[1]) for path in sorted(folder.glob("*.pt"))]
     assert kept == [164, 165], "the newest two"
@@ -73,12 +74,12 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
 
 def test_what_a_folder_goes_through(quiet):
     """It is moved, a checkpoint is copied under another name, a power cut leaves half a record."""
-    folder = copy(quiet, "moved")
+    folder = copy(quiet, "log")  # the default, which is not where it ran
     (folder / "checkpoint_0000160.pt").unlink()
     shutil.copy(folder / "checkpoint_0000120.pt", folder / "checkpoint_best.pt")
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b"\0\xff" * 100 + b"\n")
-    done = run(quiet, "--out_dir", "moved", "--resume")
+    done = run(quiet, "--resume")
     assert done.returncode == 0 and "checkpoint_0000120.pt" in done.stdout, done.stderr
     assert facts(folder) == facts(quiet / "quiet")
     left = {path.name for path in folder.glob("*.pt")}
@@ -147,8 +148,8 @@ def test_full_disk(quiet):
         text=True,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "checkpoint 240 NOT written" in done.stderr
-    assert "checkpoint 200 NOT written" in done.stdout, "each failure is reported"
+    assert "checkpoint_0000240.pt NOT written" in done.stderr
+    assert "checkpoint_0000200.pt NOT written" in done.stdout, "each failure is reported"
     assert len(losses(folder)) == 240
     assert (folder / "checkpoint_0000160.pt").read_bytes() == before
     assert not list(folder.glob("*.tmp"))

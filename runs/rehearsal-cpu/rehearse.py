@@ -53,7 +53,7 @@ BOTH = "--preset gpt2 --micro_batch 1 --learning_rate 1e-3 --dtype float32"
 FAULTS = [(0.08, "kill"), (0.22, "kill"), (0.35, "warning"), (0.47, "full disk"), (0.58, "kill")]
 FAULTS += [(0.72, "power cut"), (0.88, "kill")]
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=5"
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # checkpoint.py says why
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # README.md says why
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
