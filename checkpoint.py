@@ -5,10 +5,8 @@
     checkpoint_0000250.pt    everything after 250 steps: weights, optimizer, settings
 
 `--resume` continues from the newest whole checkpoint. README.md ("When something goes wrong") says
-what can happen to a run and what you find in the morning. A resumed run repeats the losses,
-gradient norms and samples of an uninterrupted one: bit for bit on a CPU with one rank, or with the
-same two; to 1e-4 with other numbers, where gradients are added in another order. On a GPU that
-order is never fixed, so any two runs differ in their last bits.
+what can happen to a run, what you find in the morning, and how exactly a resumed run repeats an
+uninterrupted one.
 
 Nothing that is loaded can run code: checkpoints are plain data, read with weights_only=True.
 torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
@@ -36,7 +34,7 @@ from command import UserError, explain, first_line
 
 
 def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -> dict:
-    """Print a summary -> all that is needed to repeat the run: the header of its files."""
+    """Print a summary, and return all that is needed to repeat the run: the header of its files."""
     count = sum(p.numel() for p in model.parameters())
     warmup = math.ceil(config.warmup_tokens / config.batch_tokens)
     dtype = str(runtime.dtype).removeprefix("torch.")
@@ -46,9 +44,8 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
         f"{steps:,} steps of {config.batch_tokens:,} tokens ({warmup:,} of warmup),"
         f" {micro_batch} sequences of {config.seq_len} at a time"
     )
-    git = "git describe --always --dirty"  # the code that ran
-    here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
-    revision = subprocess.run(git, **here, check=False).stdout.strip()
+    options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
+    git = subprocess.run("git describe --always --dirty", **options, check=False)
     name = machine.device_name(runtime.device)
     return dict(
         command=shlex.join(sys.argv),
@@ -60,7 +57,7 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
         versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
         device=dict(kind=runtime.device_type, name=name, processes=runtime.world),
         dtype=dtype,
-        revision=revision or None,  # None without git or a repository
+        revision=git.stdout.strip() or None,  # None without git or a repository
     )
 
 
@@ -76,7 +73,7 @@ class Records:
             return
         path = Path(header["settings"]["out_dir"]) / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() and first else []
-        with fineweb.whole_file(path) as file:
+        with explain(f"{path} cannot be written"), fineweb.whole_file(path) as file:
             file.writelines(line for line in lines if step_recorded(line) < first)
         self.file = open(path, "ab", buffering=2**20)
         self.write("resume" if first else "header", step=first, **header)
@@ -94,12 +91,12 @@ def step_recorded(line: bytes) -> float:
     """The step of a line of metrics.jsonl; infinity if a power cut has damaged it."""
     try:
         return json.loads(line).get("step", 0) if line.endswith(b"\n") else math.inf
-    except ValueError:
+    except (ValueError, AttributeError):
         return math.inf
 
 
 def files(path: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; or a path itself, if it is a file's."""
+    """The checkpoints in a folder, oldest first; or the path itself, if it is a file."""
     return [path] if path.is_file() else sorted(path.glob(f"checkpoint_{7 * '[0-9]'}.pt"))
 
 
@@ -121,16 +118,17 @@ def newest(folder: Path) -> dict | None:
     Raises UserError if there are checkpoints and none is whole.
     """
     say = print if os.getenv("RANK", "0") == "0" else lambda *_, **__: None
-    for path in reversed(files(folder)):
+    paths = files(folder)
+    for path in reversed(paths):
         try:
             content = read(path)
         except UserError as error:
             say(f"{error}; trying the one before", flush=True)
             continue
         say(f"resuming from {path}", flush=True)
-        content["settings"] |= dict(out_dir=str(folder), resume=True)  # it may have been moved
+        content["settings"] |= dict(out_dir=str(folder), resume=True)  # the folder may have moved
         return content
-    if files(folder):
+    if paths:
         raise UserError(f"no checkpoint in {folder} is whole; start again in another --out_dir")
     say(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
     return None
@@ -169,7 +167,7 @@ class Saver:
         if holds_run and not header["settings"]["resume"]:
             raise UserError(f"{self.folder} already holds a run; add --resume or change --out_dir")
         if runtime.rank == 0:
-            for partial in self.folder.glob("checkpoint_*.tmp"):  # a killed run left it
+            for partial in self.folder.glob("*.tmp"):  # a killed run left it
                 partial.unlink()
 
     def restore(self, saved: dict | None, steps: int) -> int:
@@ -181,10 +179,11 @@ class Saver:
             if saved["epoch_sequences"] != self.header["epoch_sequences"]:
                 raise UserError("the training data has changed since the checkpoint")
             if saved["step"] > steps:
-                raise UserError(f"the checkpoint is of step {saved['step']}, the last is {steps}")
+                what = f"the checkpoint is from step {saved['step']}"
+                raise UserError(f"{what}, but this run ends at step {steps}; raise --max_steps")
             for name, part in self.parts.items():
                 state = saved[name]
-                if "param_groups" in state:  # today's settings win over the optimizer's then
+                if "param_groups" in state:  # the current settings win
                     state["param_groups"] = part.state_dict()["param_groups"]
                 if state:  # a scaler that was not in use has none
                     part.load_state_dict(state)
@@ -212,6 +211,8 @@ class Saver:
         path = self.folder / f"checkpoint_{content['step']:07d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+            with open(self.folder / "metrics.jsonl", "ab") as records:
+                os.fsync(records)  # after a power cut, no record before the checkpoint is missing
             with fineweb.whole_file(path) as file:
                 torch.save(content, file)
             for old in [other for other in files(self.folder) if other < path][:-1]:
@@ -219,18 +220,20 @@ class Saver:
             return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             failure = f"{path} NOT written: {first_line(error)}"
-            print(failure, flush=True)
+            self.runtime.print(failure)
             return failure
 
     def diverged(self, step: int, loss: float, norm: float) -> UserError:
         self.writing.result()  # the newest may still be on its way
         last = (files(self.folder) or ["none"])[-1]
         what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last}"
-        hint = "try --resume --dtype float32, or --init_from it with a lower --learning_rate"
+        hint = "try --resume with --dtype float32 or a lower --learning_rate"
         return UserError(f"{what}; {hint}")
 
     def close(self, step: int) -> None:
         """Write a last checkpoint. Raises UserError if it cannot be written."""
+        if self.writing.result():
+            self.saved = 0  # try again: there may be room by now
         self.save(step)
         if failure := self.writing.result():
             raise UserError(failure)
@@ -239,7 +242,7 @@ class Saver:
 class Stop:
     """A request to stop early: SIGTERM, Ctrl-C, or SIGUSR1 (a cluster's warning of its time limit).
 
-    The current step is finished first; a second Ctrl-C stops at once.
+    The current step is finished first; a second Ctrl-C stops without a checkpoint.
     """
 
     def __init__(self):

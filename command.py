@@ -55,6 +55,7 @@ def parse_flags(config_class: type, description: str, argv: list[str] | None) ->
 
 def run_command(name: str, main: Callable[[], None]) -> None:
     """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
+    sys.stdout.reconfigure(errors="replace")  # Windows may write to a file in an old encoding
     try:
         main()
     except KeyboardInterrupt:
@@ -66,7 +67,8 @@ def run_command(name: str, main: Callable[[], None]) -> None:
             # this sleep, by SIGTERM. A rank that wakes up failed alone, and reports its own error.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be on the disk that is full
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         if distributed:
             os._exit(2)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
         sys.exit(2)

@@ -123,7 +123,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         if hasattr(os, "O_DIRECTORY"):  # the name must reach the disk, too; not on Windows
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # not all network disks can
+                os.fsync(folder)
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)  # after an error

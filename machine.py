@@ -15,7 +15,7 @@ import torch.distributed as dist
 from command import UserError, first_line
 
 # Dense bfloat16 TFLOP/s (float16 for V100 and T4) from the vendors' data sheets; the first entry
-# that is in the device's name counts.
+# found in the device's name is used.
 PEAK_TFLOPS = {
     "GB200": 2500,
     "B200": 2250,

@@ -21,10 +21,9 @@ import dataclasses
 import functools
 import math
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -458,7 +457,8 @@ class Runtime:
 
     def print(self, *args) -> None:
         if self.rank == 0:
-            print(*args, flush=True)
+            with suppress(OSError):  # a full disk or a closed terminal must not end the run
+                print(*args, flush=True)
 
     def sum(self, *values) -> list[float]:
         """Sum each value, a number or a scalar on the device, over all ranks.
@@ -475,7 +475,6 @@ class Runtime:
         """End the run; with several ranks, end this process."""
         if self.world > 1:
             dist.destroy_process_group()
-            sys.stdout.flush()
             # Returning would free the DDP model, which joins gloo's threads while it holds the GIL.
             # One of them may be waiting for the GIL, and then the process hangs.
             os._exit(0)
@@ -666,7 +665,7 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
     speed = config.batch_tokens / seconds
     flops = model.flops_per_token(config.seq_len) * speed / runtime.world
     peak = machine.peak_flops(runtime.device)
-    mfu = flops / peak if peak else None  # model FLOPs utilization, as a part of 1
+    mfu = flops / peak if peak else None  # model FLOPs utilization
     values = dict(loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, mfu=mfu)
     records.write("train", step=step, **values, step_ms=1000 * seconds, tokens_per_second=speed)
     now = time.perf_counter()
@@ -675,7 +674,8 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
         line = f"step {step:5d}/{steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
         line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
         line += f" | mfu {mfu:.1%}" if mfu else ""
-        runtime.print(f"{line} | {left} left")
+        line += f" | {left} left" if step else ""  # the first step may have been compiled
+        runtime.print(line)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -835,7 +835,7 @@ def main(argv: list[str] | None = None) -> None:
             loss, norm, stopped = train_step(
                 ddp, optimizers, scaler, batch, lr, stop, config, runtime
             )
-            # In float16 the norm may overflow, and the scale is halved. Otherwise the scale is 1.
+            # In float16 the norm may overflow, and the scale is halved. It is 1 in other dtypes.
             if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
                 raise saver.diverged(step, loss, norm)
             seconds = time.perf_counter() - began

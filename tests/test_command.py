@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import runpy
 import shlex
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,6 +337,25 @@ def test_bad_input_ends_in_one_line(name, command, faults, folder):
     flags, says = BAD[name]
     assert_one_line(command(*flags.split()), says)
     assert not (folder / "unused").exists()
+
+
+def test_records_reach_the_disk_before_a_checkpoint(command, folder, monkeypatch):
+    """After a power cut the newest checkpoint has all records before it."""
+    fsync, synced = os.fsync, []
+
+    def spy(file):
+        number = file if isinstance(file, int) else file.fileno()
+        size = os.fstat(number).st_size
+        synced.append((Path(os.readlink(f"/proc/self/fd/{number}")).name.split(".")[0], size))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    assert command("--max_steps", 2, "--checkpoint_every", 1, "--out_dir", "synced").status == 0
+    names = [name for name, _ in synced]
+    first = names.index("checkpoint_0000001")
+    assert names[first - 1] == "metrics" and names.index("checkpoint_0000002") > first
+    lines = (folder / "synced/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert synced[first - 1][1] >= sum(map(len, lines[:2])), "the header and step 0"
 
 
 # Flags that do not fit; each message ends in "try --flag value" (or "; try value").

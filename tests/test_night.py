@@ -155,6 +155,19 @@ def test_full_disk(quiet):
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_output_that_cannot_be_written(quiet):
+    """What is printed is lost, on a full disk or in an old encoding; the run is not."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(SCRIPT), *map(str, RUN), "--out_dir", "unsaid"]
+        options = dict(cwd=quiet, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(command, stdout=full, stderr=full, check=False, **options)
+    assert facts(quiet / "unsaid") == facts(quiet / "quiet")
+    flags = ["--max_steps", 1, "--sample_every", 1, "--prompt", "\N{SNOWMAN}"]
+    done = run(quiet, *RUN, *flags, "--out_dir", "ascii", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "sample at step 1\n?" in done.stdout, done.stderr
+
+
 def test_folder_deleted_while_running(quiet):
     """The output folder vanishes: it is made again for the checkpoints, and the run ends well."""
     process = start(
