@@ -1,7 +1,7 @@
 """What a run leaves behind in --out_dir, and how it continues after an interruption.
 
     metrics.jsonl            one JSON object per line: a header, which says how to repeat the run,
-                             then records of kind train, val, hellaswag and sample
+                             then lines of kind train, val, hellaswag, sample and resume
     checkpoint_0000250.pt    everything after 250 steps: weights, optimizer, settings
 
 `--resume` continues from the newest whole checkpoint. README.md ("When something goes wrong") says
@@ -160,7 +160,7 @@ class Saver:
         self.folder = Path(header["settings"]["out_dir"])
         self.saved = 0  # the step of the newest checkpoint
         self.thread = ThreadPoolExecutor(1)
-        self.writing = self.thread.submit(str)  # the latest write: its result is what went wrong
+        self.writing = self.thread.submit(str)  # the latest write; its result is its error, or ""
         with explain(f"--out_dir {self.folder} cannot be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
         holds_run = (self.folder / "metrics.jsonl").exists() or files(self.folder)
@@ -191,8 +191,9 @@ class Saver:
             if changed:
                 self.runtime.print(f"changed on --resume: {dict(changed)}")
             self.saved = saved["step"]
-        sums = self.runtime.sum(self.saved, self.saved**2)
-        if sums != [self.saved * self.runtime.world, self.saved**2 * self.runtime.world]:
+        world = self.runtime.world
+        sums = self.runtime.sum(self.saved, self.saved**2)  # the mean alone could agree by chance
+        if world > 1 and sums != [self.saved * world, self.saved**2 * world]:
             raise UserError("the ranks found different checkpoints; they must share one --out_dir")
         return self.saved
 
@@ -207,7 +208,7 @@ class Saver:
         self.writing = self.thread.submit(self.write, {**self.header, **content, "step": step})
 
     def write(self, content: dict) -> str:
-        """Write a checkpoint and delete old ones -> what went wrong, or ""."""
+        """Write a checkpoint, and keep only the one before -> what went wrong, or ""."""
         path = self.folder / f"checkpoint_{content['step']:07d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it

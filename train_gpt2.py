@@ -95,7 +95,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, T, D) -> (B, H, S + T, D)
         # softmax(q k^T / sqrt(D)) v, where no token sees a later one. A sum of D products grows
-        # like sqrt(D); divided by it, the softmax stays soft. FlashAttention (2022) computes this
+        # like sqrt(D); dividing by it keeps the softmax soft. FlashAttention (2022) computes this
         # block by block and never writes the (B, H, T, T) scores to memory.
         # With a cache, token t of the T new ones sees S + t + 1 keys.
         mask = None if cache is None else causal_lower_right(T, k.size(2))
@@ -104,8 +104,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class KVCache:
-    """The keys and values of the S tokens that a model has read, so a new token costs only itself.
-    They never change, because no token sees a later one."""
+    """The keys and values of the S tokens read so far, so that only new tokens need computing.
+    The old ones never change, because no token sees a later one."""
 
     def __init__(self):
         self.layers = {}  # layer -> keys and values, (B, H, S, D) each
@@ -158,7 +158,7 @@ class GPT(nn.Module):
     dropout, so nothing here needs model.eval() and model.train().
     """
 
-    new_cache = KVCache  # for hellaswag.py, which this file imports
+    new_cache = KVCache  # for hellaswag.py: this file imports it, so it cannot import this one
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -238,8 +238,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
         """Load a published model (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a transformers folder.
 
-        The vocabulary stays unpadded: GPT-2's logits are around -35, so a padded row of zeros, with
-        logit 0, would always win. Raises UserError if that is not a GPT-2.
+        The vocabulary stays unpadded: GPT-2's logits are around -35, so rows of zeros (logit 0)
+        would take all the probability in a loss. Raises UserError if it is not a plain GPT-2.
         """
         import transformers  # only here, because it takes seconds and training does not need it
 
@@ -289,7 +289,7 @@ def generate(model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_
     """Continue `prompt` (token ids, at least one) -> (samples, len(prompt) + max_new_tokens).
 
     Each token is drawn from the `top_k` most likely (top_k=1 is greedy decoding). The generator is
-    on the CPU, so the draws are the same on every device.
+    on the CPU, so the random numbers are the same on every device.
     """
     device = model.lm_head.weight.device
     context = model.config.seq_len
@@ -350,7 +350,7 @@ class TrainConfig:
     max_steps: int = setting(0, "number of steps; 0: as many as --epochs needs")
     optimizer: str = setting("adamw", "what trains the blocks' matrices", choices="adamw muon")
     learning_rate: float = setting(6e-4, "peak learning rate")  # GPT-3 paper, table 2.1
-    min_lr_ratio: float = setting(0.1, "final learning rate, over the peak")  # GPT-3, B
+    min_lr_ratio: float = setting(0.1, "final rate as a fraction of the peak")  # GPT-3, B
     warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, appendix B
     weight_decay: float = setting(0.1, "decay of matrices and embeddings")  # GPT-3, appendix B
     grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: never")  # GPT-3, app. B
@@ -366,9 +366,9 @@ class TrainConfig:
         for name, value in dataclasses.asdict(self).items():
             least = 1 if name in positive else 0
             if isinstance(value, int | float) and not least <= value < math.inf:
-                raise UserError(f"--{name} {value} must be a number from {least} up")
+                raise UserError(f"--{name} {value}: it must be finite and at least {least}")
         if self.eval_only and (self.resume or not self.init_from):
-            raise UserError("--eval_only needs --init_from, and not --resume")
+            raise UserError("--eval_only needs --init_from and does not go with --resume")
         if self.n_embd % self.n_head:
             what = f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}"
             raise UserError(f"{what}; try {math.gcd(self.n_embd, self.n_head)}")
@@ -383,13 +383,13 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2.0e-4, batch_tokens=2**20),
     "gpt3": dict(seq_len=2048),
-    # Ours: among the best of 14 shapes tried for three minutes on two CPU cores. Muon ends lower.
+    # Ours: among the best of 14 shapes with three minutes each on a CPU. Muon beats AdamW here.
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, max_steps=850)
     | dict(optimizer="muon", learning_rate=6e-3, warmup_tokens=77_000, prompt="First Citizen:\n")
     | dict(compile=False, sample_every=500, hellaswag_every=0, checkpoint_every=0),
 }
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-WITHOUT_PRESET = " (by default gpt2 if python fineweb.py has made edu_fineweb10B, else demo)"
+WITHOUT_PRESET = " (without --preset: gpt2 if fineweb.py has made edu_fineweb10B, else demo)"
 SHAPE = ("n_layer", "n_head", "n_embd")  # no flag can change these in a loaded model
 FIXED = (*SHAPE, "preset", "seq_len", "batch_tokens", "seed", "optimizer")  # or these on --resume
 
@@ -463,7 +463,7 @@ class Runtime:
     def sum(self, *values) -> list[float]:
         """Sum each value, a number or a scalar on the device, over all ranks.
 
-        Python waits for the GPU here, and the ranks for each other: once, for all values.
+        Python waits here for the GPU and the other ranks, so pass all values in one call.
         """
         zero = torch.zeros((), dtype=self.double, device=self.device)
         total = torch.stack([zero + value for value in values])
@@ -537,7 +537,7 @@ class DataLoaderLite:
         tokens = self.shards[shard][first : first + self.seq_len + 1]
         if tokens.max() >= fineweb.VOCAB_SIZE:
             name = getattr(self.shards[shard], "filename", "the text")
-            raise UserError(f"{name} holds id {tokens.max()}: it is not made of GPT-2's tokens")
+            raise UserError(f"{name} holds id {tokens.max()}, which is not one of GPT-2's tokens")
         return tokens
 
     def sequences(self, numbers) -> torch.Tensor:
@@ -603,9 +603,9 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate for the step that ends at `tokens` of the run's `total_tokens`. Three regimes:"""
+    """The rate for the step that ends at `tokens` of the run's `total_tokens`, in three regimes."""
     lowest = config.learning_rate * config.min_lr_ratio
-    if tokens < config.warmup_tokens:  # 1. a line up; not from 0, where a step would do nothing
+    if tokens < config.warmup_tokens:  # 1. linear warmup; a rate of 0 would waste a step
         return config.learning_rate * tokens / config.warmup_tokens
     if tokens >= total_tokens:  # 2. the end
         return lowest
@@ -621,7 +621,7 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # Beware of the mean: four losses a, b, c, d have the mean (a + b + c + d) / 4, but four backward
 # passes add up the gradient of a + b + c + d. Hence each loss is divided by the number of
 # micro-steps. With several ranks, each does this for its share, and DDP averages their gradients.
-# machine.py works out which micro-batch fits: 64 x 1024 tokens of GPT-2 (124M) take 32 GB.
+# machine.py works out which micro-batch fits: 64 x 1024 tokens of GPT-2 (124M) take 32 GB compiled.
 
 
 def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
@@ -674,7 +674,7 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
         line = f"step {step:5d}/{steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
         line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
         line += f" | mfu {mfu:.1%}" if mfu else ""
-        line += f" | {left} left" if step else ""  # the first step may have been compiled
+        line += f" | {left} left" if step else ""  # the first step may include compiling
         runtime.print(line)
 
 
@@ -689,8 +689,8 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
 
 @torch.no_grad()
 def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float, float]:
-    """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte. Any
-    batch and number of ranks reads the same tokens, so any two runs can be compared."""
+    """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte. They
+    are the same for any batch and number of ranks, so any two runs can be compared."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0
@@ -699,7 +699,7 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
         text_bytes += int(fineweb.token_bytes()[rows[:, 1:].numpy()].sum())
         count += rows[:, 1:].numel()
         rows = runtime.to_device(rows)
-        forward = model if len(rows) == micro_batch else model.forward  # compiled for full batches
+        forward = model if len(rows) == micro_batch else model.forward  # do not recompile
         with runtime.autocast():
             nats += forward(rows[:, :-1], rows[:, 1:]) * rows[:, 1:].numel()
     nats, count, text_bytes = runtime.sum(nats, count, text_bytes)
@@ -755,7 +755,7 @@ def load_model(source: str) -> GPT:
 
 
 def due(every: int, step: int, steps: int) -> bool:
-    """Whether something that happens every `every` steps happens at this one, or at the end."""
+    """Whether this step is one of those that come every `every` steps, or the last."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
@@ -842,7 +842,7 @@ def main(argv: list[str] | None = None) -> None:
             show_step(step, steps, seconds, loss, lr, norm, model, config, records, runtime)
     saver.close(step)
     if stopped:
-        runtime.print(f"stopped by {stop.signal or 'another rank'} after step {step}; add --resume")
+        runtime.print(f"stopped by {stop.signal or 'signal'} after step {step}; --resume continues")
     runtime.close()
 
 

@@ -99,7 +99,7 @@ def test_bad_tokens_are_named_when_they_are_met(tmp_path):
     assert (
         loader.sequences(range(6)).numpy() == [tokens[i * T : (i + 1) * T + 1] for i in range(6)]
     ).all()
-    with pytest.raises(UserError, match="b_train_0.npy holds id 50257: "):
+    with pytest.raises(UserError, match="b_train_0.npy holds id 50257, "):
         loader.sequence(6)
 
 
