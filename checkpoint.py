@@ -30,7 +30,7 @@ import torch
 
 import fineweb
 import machine
-from command import UserError, explain, first_line
+from command import UserError, explain, first_line, say
 
 
 def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -> dict:
@@ -117,20 +117,19 @@ def newest(folder: Path) -> dict | None:
 
     Raises UserError if there are checkpoints and none is whole.
     """
-    say = print if os.getenv("RANK", "0") == "0" else lambda *_, **__: None
     paths = files(folder)
     for path in reversed(paths):
         try:
             content = read(path)
         except UserError as error:
-            say(f"{error}; trying the one before", flush=True)
+            say(f"{error}; trying the one before")
             continue
-        say(f"resuming from {path}", flush=True)
+        say(f"resuming from {path}")
         content["settings"] |= dict(out_dir=str(folder), resume=True)  # the folder may have moved
         return content
     if paths:
         raise UserError(f"no checkpoint in {folder} is whole; start again in another --out_dir")
-    say(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
+    say(f"no checkpoint in {folder} yet: starting from the beginning")
     return None
 
 

@@ -19,6 +19,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def say(*args) -> None:
+    """Print, on rank 0 only. A full disk or a closed terminal must not end the run."""
+    if os.getenv("RANK", "0") == "0":  # torchrun sets it
+        with contextlib.suppress(OSError):
+            print(*args, flush=True)
+
+
 @contextlib.contextmanager
 def explain(what: str, hint: str = "") -> Iterator[None]:
     """Turn any exception into a UserError; damaged files and networks raise nearly all types."""

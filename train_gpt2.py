@@ -23,7 +23,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,7 @@ import checkpoint
 import fineweb
 import hellaswag
 import machine
-from command import UserError, explain, parse_flags, run_command
+from command import UserError, explain, parse_flags, run_command, say
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network (0:13:47 the nn.Module; 0:28:08 published parameters; 0:52:53 cross entropy;
@@ -456,9 +456,7 @@ class Runtime:
         return torch.autocast(self.device_type, self.dtype) if half else nullcontext()
 
     def print(self, *args) -> None:
-        if self.rank == 0:
-            with suppress(OSError):  # a full disk or a closed terminal must not end the run
-                print(*args, flush=True)
+        say(*args)
 
     def sum(self, *values) -> list[float]:
         """Sum each value, a number or a scalar on the device, over all ranks.
@@ -537,7 +535,8 @@ class DataLoaderLite:
         tokens = self.shards[shard][first : first + self.seq_len + 1]
         if tokens.max() >= fineweb.VOCAB_SIZE:
             name = getattr(self.shards[shard], "filename", "the text")
-            raise UserError(f"{name} holds id {tokens.max()}, which is not one of GPT-2's tokens")
+            what = f"{name} holds id {tokens.max()}, which is not one of GPT-2's tokens"
+            raise UserError(f"{what}; make it again")
         return tokens
 
     def sequences(self, numbers) -> torch.Tensor:
@@ -666,8 +665,9 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
     flops = model.flops_per_token(config.seq_len) * speed / runtime.world
     peak = machine.peak_flops(runtime.device)
     mfu = flops / peak if peak else None  # model FLOPs utilization
-    values = dict(loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, mfu=mfu)
-    records.write("train", step=step, **values, step_ms=1000 * seconds, tokens_per_second=speed)
+    grad_norm = norm if math.isfinite(norm) else None  # JSON has no infinity
+    timing = dict(step_ms=1000 * seconds, tokens_per_second=speed, mfu=mfu)
+    records.write("train", step=step, loss=loss, lr=lr, grad_norm=grad_norm, **timing)
     now = time.perf_counter()
     if int(now) > int(now - seconds) or step in (0, steps - 1):
         left = timedelta(seconds=round(seconds * (steps - step - 1)))  # without evaluations
@@ -689,8 +689,8 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
 
 @torch.no_grad()
 def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float, float]:
-    """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte. They
-    are the same for any batch and number of ranks, so any two runs can be compared."""
+    """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte. The
+    tokens are the same for any batch and number of ranks, so any two runs can be compared."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0

@@ -339,6 +339,7 @@ def test_bad_input_ends_in_one_line(name, command, faults, folder):
     assert not (folder / "unused").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_records_reach_the_disk_before_a_checkpoint(command, folder, monkeypatch):
     """After a power cut the newest checkpoint has all records before it."""
     fsync, synced = os.fsync, []

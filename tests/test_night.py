@@ -158,11 +158,13 @@ def test_full_disk(quiet):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
 def test_output_that_cannot_be_written(quiet):
     """What is printed is lost, on a full disk or in an old encoding; the run is not."""
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, str(SCRIPT), *map(str, RUN), "--out_dir", "unsaid"]
+    for flags in (RUN, ["--resume"]):
+        command = [sys.executable, str(SCRIPT), *map(str, flags), "--out_dir", "unsaid"]
         options = dict(cwd=quiet, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        subprocess.run(command, stdout=full, stderr=full, check=False, **options)
-    assert facts(quiet / "unsaid") == facts(quiet / "quiet")
+        with open("/dev/full", "w") as full:
+            subprocess.run(command, stdout=full, stderr=full, check=False, **options)
+        assert facts(quiet / "unsaid") == facts(quiet / "quiet")
+        (quiet / "unsaid/checkpoint_0000160.pt").unlink()  # to be made again, by --resume
     flags = ["--max_steps", 1, "--sample_every", 1, "--prompt", "\N{SNOWMAN}"]
     done = run(quiet, *RUN, *flags, "--out_dir", "ascii", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "sample at step 1\n?" in done.stdout, done.stderr
