@@ -138,8 +138,8 @@ def keep_freed_memory() -> bool:
 #                 three times in float32, 12 bytes, and the total is 65 GB              6.6 GB
 #                                                                            together 32.4 GB
 #
-# tests/test_memory.py holds this against a simulation of every allocation, and tools/roofline.py
-# against the code that the compiler writes for a GPU, where the step above takes 31.0 GB.
+# tests/test_memory.py holds this against a simulation of every allocation. On an H200 the step
+# above took 31.1 GB.
 
 
 def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: int = 1) -> int:
