@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import machine
 import train_gpt2
-from command import OneLineParser, UserError, run_command
+from support import machine
+from support.command import OneLineParser, UserError, run_command
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 # Each rung, and its milliseconds per step of 16 x 1024 tokens on the lecture's A100.

@@ -45,9 +45,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import fineweb
-import machine
-from command import OneLineParser, UserError, first_line, run_command
+from support import machine, shards
+from support.command import OneLineParser, UserError, first_line, run_command
+from support.files import whole_file
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings (lecture 3:28:23, HellaSwag)
@@ -136,7 +136,8 @@ def download(split: str, path: Path, pauses=(1.0, 5.0)) -> None:
                 raise UserError(f"HTTP status {response.status_code}")
             parse(response.content, "the answer", RECORDS[split])
             path.parent.mkdir(parents=True, exist_ok=True)
-            fineweb.write_atomically(path, b"", response.content)
+            with whole_file(path) as file:
+                file.write(response.content)
             return
         except Exception as error:  # connection, server and disk raise many types
             problem = first_line(error)
@@ -185,10 +186,10 @@ def render(record: dict, harness: bool = False) -> Example:
         endings = [clean(ending) for ending in endings]
         space = context[len(context.rstrip()) :] + " "  # trailing spaces go with the endings, too
         context = context.rstrip()
-    encode = fineweb.gpt2_tokenizer().encode_ordinary
+    encode = shards.gpt2_tokenizer().encode_ordinary
     tokens = [encode(space + ending) for ending in endings]
     lengths = [len(ending) for ending in (endings if harness else tokens)]
-    return Example(encode(context) or [fineweb.END_OF_TEXT], tokens, lengths, int(record["label"]))
+    return Example(encode(context) or [shards.END_OF_TEXT], tokens, lengths, int(record["label"]))
 
 
 def load_examples(runtime, path=None, split="val", harness=False) -> list[Example]:
@@ -243,7 +244,7 @@ def batches(examples: list[Example], batch_size: int, seq_len: int) -> list[list
 def token_losses(model, x, targets):
     """Hidden states (N, C), next tokens (N,) -> losses (N,), float32, in nats (0 for PADDING)."""
     logits = model.lm_head(x).float()  # (N, C) -> (N, V)
-    logits[:, fineweb.VOCAB_SIZE :] = -torch.inf  # padded ids stand for no text
+    logits[:, shards.VOCAB_SIZE :] = -torch.inf  # padded ids stand for no text
     return F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -310,7 +311,7 @@ def evaluate(model, examples, runtime, batch_size=BATCH_SIZE, progress=False) ->
 
 def show(model, example: Example, runtime) -> None:
     """Print an example and its four losses, in nats per token (with --harness, per character)."""
-    decode = fineweb.gpt2_tokenizer().decode
+    decode = shards.gpt2_tokenizer().decode
     batch = batches([example], 1, model.config.seq_len)[0]
     sums = log_probabilities(model, batch, runtime)
     losses = -sums[0].cpu() / torch.tensor(example.lengths)

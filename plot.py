@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from command import OneLineParser, UserError, run_command
+from support.command import OneLineParser, UserError, run_command
 
 # OpenAI's GPT-2 (124M): validation loss on FineWeb-Edu (build-nanogpt, play.ipynb), and HellaSwag
 # by mean loss per token (build-nanogpt, hellaswag.py). GPT-3's 124M: GPT-3 paper, by play.ipynb.

@@ -36,11 +36,9 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import checkpoint
-import fineweb
 import hellaswag
-import machine
-from command import UserError, explain, parse_flags, run_command, say
+from support import checkpoint, machine, shards
+from support.command import UserError, explain, parse_flags, run_command, say
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network (0:13:47 the nn.Module; 0:28:08 published parameters; 0:52:53 cross entropy;
@@ -266,7 +264,7 @@ class GPT(nn.Module):
         import transformers
 
         c = self.config
-        rows = min(c.vocab_size, fineweb.VOCAB_SIZE)
+        rows = min(c.vocab_size, shards.VOCAB_SIZE)
         sizes = dict(n_positions=c.seq_len, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=rows, **sizes))
         weights = self.transposed(self.state_dict())
@@ -303,7 +301,7 @@ def generate(model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_
             cache = model.new_cache()
             new = tokens[:, -context:]
         logits = model.lm_head(model.hidden(new, cache)[:, -1]).float()  # (B, C) -> (B, V)
-        logits[:, fineweb.VOCAB_SIZE :] = -torch.inf  # padded ids stand for no text
+        logits[:, shards.VOCAB_SIZE :] = -torch.inf  # padded ids stand for no text
         logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K)
         choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
         tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # (B, T + 1)
@@ -397,7 +395,7 @@ FIXED = (*SHAPE, "preset", "seq_len", "batch_tokens", "seed", "optimizer")  # or
 def make_config(flags: dict, loaded: dict) -> TrainConfig:
     """Merge flags, what was loaded to continue, preset and defaults; UserError if they clash."""
     here = Path(__file__).parent
-    guess = "gpt2" if fineweb.list_shards(here / "edu_fineweb10B", "train") else "demo"
+    guess = "gpt2" if shards.list_shards(here / "edu_fineweb10B", "train") else "demo"
     preset = flags.get("preset") or loaded.get("preset") or guess
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
@@ -533,7 +531,7 @@ class DataLoaderLite:
         # 1 + shard, because numpy takes (seed, epoch, 0) for the same seed as (seed, epoch).
         first = self.order(self.counts[shard], epoch, 1 + shard)[g] * self.seq_len
         tokens = self.shards[shard][first : first + self.seq_len + 1]
-        if tokens.max() >= fineweb.VOCAB_SIZE:
+        if tokens.max() >= shards.VOCAB_SIZE:
             name = getattr(self.shards[shard], "filename", "the text")
             what = f"{name} holds id {tokens.max()}, which is not one of GPT-2's tokens"
             raise UserError(f"{what}; make it again")
@@ -696,7 +694,7 @@ def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float,
     count = text_bytes = 0
     for first in range(runtime.rank * micro_batch, end, runtime.world * micro_batch):
         rows = loader.sequences(range(first, min(first + micro_batch, end)))
-        text_bytes += int(fineweb.token_bytes()[rows[:, 1:].numpy()].sum())
+        text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         count += rows[:, 1:].numel()
         rows = runtime.to_device(rows)
         forward = model if len(rows) == micro_batch else model.forward  # do not recompile
@@ -717,8 +715,8 @@ def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> No
     """Rank 0 continues --prompt four times, seeded by --seed + step."""
     if runtime.rank > 0:
         return
-    tokenizer = fineweb.gpt2_tokenizer()
-    prompt = tokenizer.encode_ordinary(config.prompt) or [fineweb.END_OF_TEXT]
+    tokenizer = shards.gpt2_tokenizer()
+    prompt = tokenizer.encode_ordinary(config.prompt) or [shards.END_OF_TEXT]
     with runtime.autocast():
         tokens = generate(model, prompt, max_new_tokens, seed=config.seed + step)
     texts = [tokenizer.decode(row) for row in tokens.tolist()]
@@ -776,7 +774,7 @@ def main(argv: list[str] | None = None) -> None:
     runtime.print(f"preset {config.preset}{WITHOUT_PRESET}, data {config.data}")
 
     # The data and the model.
-    train_shards, val_shards = fineweb.open_data(config.data, runtime.print)
+    train_shards, val_shards = shards.open_data(config.data, runtime.print)
     val_loader = DataLoaderLite(val_shards, config.seq_len, None, config.data)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
     if model is None:

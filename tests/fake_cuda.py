@@ -55,7 +55,7 @@ def where() -> str:
     frame = sys._getframe(1)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.parent == ROOT:
+        if path.parent in (ROOT, ROOT / "support"):
             return f"{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"

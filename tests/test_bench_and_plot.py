@@ -16,9 +16,9 @@ from helpers import ROOT, TINY, records, run
 from matplotlib.figure import Figure
 
 import bench
-import machine
 import plot
-from command import UserError
+from support import machine
+from support.command import UserError
 
 FAST = ["--rounds", "1", "--steps", "1", "--warmup", "1", "--network", "demo", "--device", "cpu"]
 

@@ -29,9 +29,9 @@ from helpers import (
     write_bin,
 )
 
-import fineweb
+import support.shards as fineweb
 import train_gpt2
-from command import UserError, parse_flags
+from support.command import UserError, parse_flags
 from train_gpt2 import PRESETS, TrainConfig, make_config
 
 FLAGS = shlex.split("""

@@ -22,8 +22,8 @@ from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(SCRIPT.parent))  # for torchrun, which does not read conftest.py
 import hellaswag
-import machine
 import train_gpt2
+from support import machine
 
 # Per rank and step: 2 or more micro-steps. Validation has 7 sequences and thus a short last batch.
 FLAGS = ["--seq_len", "32", "--micro_batch", "2", "--batch_tokens", "256", "--max_steps", "3"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import make_shards, some_tokens, write_bin
 
-import fineweb
+import support.shards as fineweb
 from train_gpt2 import DataLoaderLite, TrainConfig, UserError, count_steps
 
 T = 16

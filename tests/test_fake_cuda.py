@@ -25,8 +25,8 @@ from fake_cuda import DeviceMismatch, fake_cuda, kernels, waits
 
 import bench
 import hellaswag
-import machine
 import train_gpt2
+from support import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "tests" / "hellaswag_records.jsonl"
@@ -300,7 +300,7 @@ def validation_waits_once():
     for micro_batch in (9, 4, 1):  # 1, 3 and 9 micro-batches
         with fake_cuda():
             config, runtime, model = make_parts()
-            _, shards = train_gpt2.fineweb.open_data("data")
+            _, shards = train_gpt2.shards.open_data("data")
             loader = train_gpt2.DataLoaderLite(shards, config.seq_len, None)
             waits.clear()
             train_gpt2.validation_loss(model, loader, config, micro_batch, runtime)

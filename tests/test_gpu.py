@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
 
 import hellaswag
-import machine
 import train_gpt2
+from support import machine
 from train_gpt2 import GPT, GPTConfig, Runtime, TrainConfig
 
 HAS_GPU = torch.cuda.is_available()

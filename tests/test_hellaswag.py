@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 import hellaswag
 import train_gpt2
-from command import UserError
-from fineweb import END_OF_TEXT, gpt2_tokenizer
 from hellaswag import Example
+from support.command import UserError
+from support.shards import END_OF_TEXT, gpt2_tokenizer
 
 FILE = Path(__file__).parent / "hellaswag_records.jsonl"
 CONTENT = FILE.read_bytes()

@@ -9,7 +9,7 @@ import torch
 from counted_memory import CountedMemory
 from torch._subclasses import FakeTensorMode
 
-from machine import step_bytes
+from support.machine import step_bytes
 from train_gpt2 import GPT, PRESETS, GPTConfig
 
 SIZES = ("seq_len", "n_layer", "n_head", "n_embd")

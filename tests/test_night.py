@@ -15,7 +15,7 @@ import torch
 from helpers import SCRIPT, TINY, losses, make_shards, records, run
 from night import LONG, RUN, STEPS, copy, facts, quiet_run, recorded, start, wait_for
 
-import checkpoint
+from support import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import their_model
 
-import fineweb
+import support.shards as fineweb
 from train_gpt2 import GPT, GPTConfig, generate
 
 

@@ -24,9 +24,9 @@ from helpers import (
 )
 from night import facts
 
-import fineweb
-import machine
+import support.shards as fineweb
 import train_gpt2
+from support import machine
 from train_gpt2 import GPT, DataLoaderLite, GPTConfig, TrainConfig
 
 T = 16  # and 8 sequences a step: 50 in the data are an epoch of a little over 6 steps

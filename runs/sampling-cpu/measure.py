@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import fineweb
-import machine
 import train_gpt2
+from support import machine
 
 PROMPT = [15496, 11, 314]  # "Hello, I"
 

@@ -44,10 +44,9 @@ def make_our_step(compiled: bool, sizes: dict, tokens):
 
 def make_their_step(sizes: dict, tokens):
     """Return a function that does the same step with transformers."""
+    import machine
     import torch
     import transformers
-
-    import machine
 
     dtype = machine.choose_dtype("auto", torch.device("cpu"))
     sizes = dict(sizes)

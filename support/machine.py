@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from command import UserError, first_line
+from support.command import UserError, first_line
 
 # Dense bfloat16 TFLOP/s (float16 for V100 and T4) from the vendors' data sheets; the first entry
 # found in the device's name is used.

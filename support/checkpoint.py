@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
-import fineweb
-import machine
-from command import UserError, explain, first_line, say
+from support import machine
+from support.command import UserError, explain, first_line, say
+from support.files import whole_file
 
 
 def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -> dict:
@@ -73,7 +73,7 @@ class Records:
             return
         path = Path(header["settings"]["out_dir"]) / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() and first else []
-        with explain(f"{path} cannot be written"), fineweb.whole_file(path) as file:
+        with explain(f"{path} cannot be written"), whole_file(path) as file:
             file.writelines(line for line in lines if step_recorded(line) < first)
         self.file = open(path, "ab", buffering=2**20)
         self.write("resume" if first else "header", step=first, **header)
@@ -213,7 +213,7 @@ class Saver:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
             with open(self.folder / "metrics.jsonl", "ab") as records:
                 os.fsync(records)  # after a power cut, no record before the checkpoint is missing
-            with fineweb.whole_file(path) as file:
+            with whole_file(path) as file:
                 torch.save(content, file)
             for old in [other for other in files(self.folder) if other < path][:-1]:
                 old.unlink()
