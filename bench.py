@@ -43,12 +43,13 @@ RUNGS = {
 A100_IDEAL_MS = 44.9  # 16,384 tokens x 0.855 GFLOP / 312 TFLOP/s, the data sheet's bfloat16
 
 
-def plain_attention(q, k, v, mask=None, is_causal=True):
+def plain_attention(query, key, value, is_causal):
     """Attend as the lecture does at first, with all scores in memory. (B, H, T, D) each."""
-    T = q.size(2)
-    scores = (q @ k.transpose(2, 3)) / math.sqrt(q.size(3))  # -> (B, H, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(dim=3) @ v  # -> (B, H, T, D)
+    assert is_causal
+    T, D = query.shape[2:]
+    scores = query @ key.transpose(2, 3) / math.sqrt(D)  # -> (B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=query.device).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(dim=3) @ value  # -> (B, H, T, D)
 
 
 def make_config(args, dtype: str) -> TrainConfig:

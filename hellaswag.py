@@ -38,7 +38,6 @@ import re
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,8 +45,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from support import machine, shards
-from support.command import OneLineParser, UserError, first_line, run_command
+from support import shards
+from support.command import OneLineParser, UserError, explain, first_line, run_command, say
 from support.files import whole_file
 
 # --------------------------------------------------------------------------------------------------
@@ -59,11 +58,8 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 RECORDS = {"val": 10_042, "train": 39_905}  # [the data set's card]; "test" has no labels
 LABELS = (0, 1, 2, 3, "0", "1", "2", "3")  # GitHub's copy has numbers, Hugging Face's has text
 
-BATCH_SIZE = 128  # contexts that the model reads together, all of the same length
-# Tokens of endings that it reads together. Fewer need less padding and memory (0.2 GB of logits for
-# 1,024 tokens); a GPU is faster with more.
-TOKENS = {"cpu": 1024, "cuda": 4096, "mps": 4096}
-PADDING = -100  # a target that F.cross_entropy ignores
+# Tokens that the model reads together. A CPU is no faster with more, and a GPU is.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 16384}
 
 # Scores of OpenAI's models, without and with --harness. They have not been reproduced here.
 PUBLISHED = {  # [build-nanogpt, hellaswag.py; medium and large: llm.c, dev/vislog.ipynb]
@@ -83,11 +79,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--split", choices=list(RECORDS), default="val", help="part of HellaSwag (default: val)")
     add("--limit", metavar="N", type=int, help="score only the first N records")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
-    add("--batch_size", type=int, default=BATCH_SIZE, help="contexts per batch (%(default)s)")
     add("--harness", action="store_true", help="score as lm-evaluation-harness does")
     add("--show", metavar="N", type=int, default=0, help="print the first N examples with losses")
     args = parser.parse_args(argv)
-    for name, least in dict(limit=1, batch_size=1, show=0).items():
+    for name, least in dict(limit=1, show=0).items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: it must be at least {least}")
@@ -122,9 +117,18 @@ def parse(content: bytes, name: str, count: int | None = None) -> list[dict]:
     return records
 
 
-def download(split: str, path: Path, pauses=(1.0, 5.0)) -> None:
-    """Download a split of HellaSwag and check it. Only a valid file is written. Raises UserError
-    after the last of several attempts, with `pauses` between them (seconds)."""
+def path_of(split: str) -> Path:
+    return FOLDER / f"hellaswag_{split}.jsonl"
+
+
+def download(split="val", pauses=(1.0, 5.0)) -> None:
+    """Download a split of HellaSwag, unless it is here, and check it. Only a valid file is written.
+
+    Raises UserError after the last of several attempts, with `pauses` between them (seconds).
+    """
+    path = path_of(split)
+    if path.exists():
+        return
     url = URL.format(split=split)
     print(f"downloading {url}", file=sys.stderr)
     for pause in (0, *pauses):
@@ -143,18 +147,6 @@ def download(split: str, path: Path, pauses=(1.0, 5.0)) -> None:
             problem = first_line(error)
     what = f"cannot download HellaSwag ({problem}); download {url} to {path} yourself"
     raise UserError(f"{what}, or train without it: --hellaswag_every 0")
-
-
-@contextmanager
-def all_or_none(runtime):
-    """Raise an error on all ranks if one of them fails, so that none waits for the others."""
-    error = None
-    try:
-        yield
-    except (UserError, OSError) as problem:
-        error = problem
-    if runtime.sum(error is not None)[0] > 0:
-        raise error or UserError("HellaSwag: another rank failed; each machine needs the file")
 
 
 @dataclass(frozen=True)
@@ -192,116 +184,111 @@ def render(record: dict, harness: bool = False) -> Example:
     return Example(context, tokens, lengths, int(record["label"]))
 
 
-def load_examples(runtime, path=None, split="val", harness=False) -> list[Example]:
-    """Load the records of the file at `path`, or of HellaSwag's `split`, which rank 0 downloads if
-    it is missing. Raises UserError or OSError on all ranks."""
-    file = Path(path or FOLDER / f"hellaswag_{split}.jsonl")
-    with all_or_none(runtime):
-        if runtime.rank == 0 and path is None and not file.exists():
-            download(split, file)
-    with all_or_none(runtime):
-        records = parse(file.read_bytes(), str(file), None if path else RECORDS[split])
-    return [render(record, harness) for record in records]
+def load_examples(path=None, split="val", harness=False) -> list[Example]:
+    """Load the records of the file at `path`, or of HellaSwag's `split`. Raises UserError."""
+    file = Path(path or path_of(split))
+    with explain(f"{file} cannot be read"):
+        content = file.read_bytes()
+    return [render(r, harness) for r in parse(content, str(file), None if path else RECORDS[split])]
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. Scoring (lecture 3:28:23)
 # --------------------------------------------------------------------------------------------------
-# The four endings of an example share its context. Say it has 70 tokens, and each ending 23: the
-# lecture's code reads 4 x 93 = 372 tokens. Here the model reads the context once, and each ending
-# continues from a copy of its keys and values: 70 + 4 x 23 = 162 tokens, and the same scores.
+# Each ending is appended to its context, and the model reads both: four rows for each example. Rows
+# of about the same length go together, so that little is padded, and logits are computed only where
+# an ending is predicted: for 23 tokens of a row of 93, say.
 
 
 @dataclass(frozen=True)
 class Scores:
-    acc: float  # shares of `total` examples
-    acc_norm: float
-    total: int
+    """How many of `total` examples are right, by the sum of log-probabilities and by their mean."""
+
+    right: float
+    right_norm: float
+    total: float
+
+    @property
+    def acc(self) -> float:
+        return self.right / self.total
+
+    @property
+    def acc_norm(self) -> float:
+        return self.right_norm / self.total
 
     def __str__(self) -> str:
-        return f"hellaswag {self.total} records: acc {self.acc:.4f} acc_norm {self.acc_norm:.4f}"
+        scores = f"acc {self.acc:.4f} acc_norm {self.acc_norm:.4f}"
+        return f"hellaswag {self.total:.0f} records: {scores}"
 
 
-def batches(examples: list[Example], batch_size: int, seq_len: int) -> list[list[Example]]:
-    """Crop contexts to what the model can read, and batch those of the same length, so that none is
-    padded. The longest come first: too little memory shows at once. Raises UserError."""
-    groups = {}  # length -> examples
+def crop(example: Example, seq_len: int) -> Example:
+    """Drop the context's first tokens until its longest ending fits. Raises UserError."""
+    longest = max(map(len, example.endings))
+    room = seq_len + 1 - longest  # + 1: the model does not read an ending's last token
+    if room < 1:
+        what = f"an ending has {longest} tokens, and the model reads at most {seq_len}"
+        raise UserError(f"HellaSwag: {what}; train without it: --hellaswag_every 0")
+    return replace(example, context=example.context[-room:])
+
+
+def log_probabilities(model, examples: list[Example], progress=False) -> torch.Tensor:
+    """N examples -> (N, 4), each ending's log-probability in nats.
+
+    Everything is copied to the device at once, so Python does not wait for a GPU here.
+    """
+    device = model.lm_head.weight.device
+    rows = []  # number of the ending among all 4 N, its context, its tokens
     for example in examples:
-        longest = max(map(len, example.endings))
-        room = seq_len + 1 - longest  # + 1: the model does not read an ending's last token
-        if room < 1:
-            what = f"an ending has {longest} tokens, and the model reads at most {seq_len}"
-            raise UserError(f"HellaSwag: {what}; train without it: --hellaswag_every 0")
-        context = example.context[-room:]
-        groups.setdefault(len(context), []).append(replace(example, context=context))
-    result = []
-    for length in sorted(groups, reverse=True):
-        group = groups[length]
-        result += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-    return result
+        context = crop(example, model.config.seq_len).context
+        rows += [(len(rows) + i, context, ending) for i, ending in enumerate(example.endings)]
+    rows.sort(key=lambda row: len(row[1] + row[2]), reverse=True)  # the longest needs most memory
+    longest = len(rows[0][1] + rows[0][2])
+    at_once = max(1, BATCH_TOKENS[device.type] // longest)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # padded on the right
+    batches = []  # T, and for each token of an ending: where it is predicted, its id, its ending
+    for first in range(0, len(rows), at_once):
+        batch = rows[first : first + at_once]
+        T = len(batch[0][1] + batch[0][2]) - 1  # the last token is predicted, but not read
+        places, ids, owners = [], [], []
+        for r, (number, context, ending) in enumerate(batch):
+            row = context + ending
+            tokens[first + r, : len(row)] = torch.tensor(row)
+            places += range(r * T + len(context) - 1, r * T + len(row) - 1)
+            ids += ending
+            owners += [number] * len(ending)
+        batches.append((first, T, torch.tensor([places, ids, owners])))
+    tokens = tokens.to(device)
+    batches = [(first, T, numbers.to(device)) for first, T, numbers in batches]
 
-
-def token_losses(model, x, targets):
-    """Hidden states (N, C), next tokens (N,) -> losses (N,), float32, in nats (0 for PADDING)."""
-    logits = model.lm_head(x).float()  # (N, C) -> (N, V)
-    logits[:, shards.VOCAB_SIZE :] = -torch.inf  # padded ids stand for no text
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
-@torch.no_grad()
-def log_probabilities(model, batch: list[Example], runtime) -> torch.Tensor:
-    """B examples with contexts of S tokens -> (B, 4), each ending's log-probability, in nats."""
-    endings = [ending for example in batch for ending in example.endings]
-    by_length = sorted(range(len(endings)), key=lambda row: len(endings[row]))
-    longest = 1 + len(endings[by_length[-1]])
-    at_once = max(1, TOKENS[runtime.device_type] // longest)
-    contexts = torch.tensor([example.context for example in batch])  # (B, S)
-    sums = torch.zeros(len(endings), device=runtime.device)
-    with runtime.autocast():
-        cache = model.new_cache()
-        if contexts.size(1) > 1:
-            model.hidden(runtime.to_device(contexts[:, :-1]), cache)
-        for i in range(0, len(endings), at_once):
-            rows = by_length[i : i + at_once]
-            # A row starts with the context's last token, which predicts the ending's first.
-            tokens = [batch[row // 4].context[-1:] + endings[row] for row in rows]
-            tokens = [row + [PADDING] * (len(tokens[-1]) - len(row)) for row in tokens]
-            tokens = runtime.to_device(torch.tensor(tokens))  # (R, 1 + E)
-            rows = runtime.to_device(torch.tensor(rows))
-            owners = rows // 4  # (R,), the example of each ending
-            past = model.new_cache()  # (B, H, S - 1, D) -> (R, H, S - 1, D)
-            past.layers = {n: (k[owners], v[owners]) for n, (k, v) in cache.layers.items()}
-            x = model.hidden(tokens[:, :-1].clamp(min=0), past)  # (R, E) -> (R, E, C)
-            losses = token_losses(model, x.flatten(0, 1), tokens[:, 1:].flatten())  # (R * E,)
-            sums[rows] = -losses.view(len(rows), -1).sum(dim=1)  # (R, E) -> (R,)
+    sums = torch.zeros(len(rows), device=device)
+    for first, T, (places, ids, owners) in tqdm(batches, unit="batch", disable=not progress):
+        x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
+        logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, V)
+        losses = F.cross_entropy(logits, ids, reduction="none")  # (E, V) -> (E,)
+        sums.index_add_(0, owners, -losses)
     return sums.view(-1, 4)
 
 
-def choose(batch: list[Example], sums, runtime) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (B, 4) -> choices (B,), by sum and by sum / length. The first of equals."""
+def choose(examples: list[Example], sums) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (N, 4) -> choices (N,), by sum and by sum / length. The first of equals."""
     # The same ending twice gets one score, since its rows may be rounded differently.
-    firsts = torch.tensor([[e.endings.index(ending) for ending in e.endings] for e in batch])
-    lengths = runtime.to_device(torch.tensor([e.lengths for e in batch]))
-    sums = sums.gather(1, runtime.to_device(firsts)).masked_fill(lengths == 0, -torch.inf)
+    firsts = torch.tensor([[e.endings.index(ending) for ending in e.endings] for e in examples])
+    lengths = torch.tensor([example.lengths for example in examples], device=sums.device)
+    sums = sums.gather(1, firsts.to(sums.device)).masked_fill(lengths == 0, -torch.inf)
     return sums.argmax(dim=1), (sums / lengths).argmax(dim=1)
 
 
-def evaluate(model, examples, runtime, batch_size=BATCH_SIZE, progress=False) -> Scores:
-    """Score the examples. The ranks share the batches, which are the same for any number of ranks.
-    The counts stay on the device: Python waits for a GPU only at the end. Raises UserError."""
-    mine = batches(examples, batch_size, model.config.seq_len)[runtime.rank :: runtime.world]
-    right = right_norm = total = 0
-    bar = tqdm(mine, unit="batch", disable=not progress or runtime.rank > 0)
-    for batch in bar:
-        choice, choice_norm = choose(batch, log_probabilities(model, batch, runtime), runtime)
-        labels = runtime.to_device(torch.tensor([example.label for example in batch]))
-        right = right + (choice == labels).sum()
-        right_norm = right_norm + (choice_norm == labels).sum()
-        total = total + len(batch)
-        if progress:  # Python waits for each batch
-            bar.set_postfix_str(f"acc {right / total:.4f} acc_norm {right_norm / total:.4f}")
-    right, right_norm, total = runtime.sum(right, right_norm, total)
-    return Scores(right / total, right_norm / total, round(total))
+@torch.no_grad()
+def count_right(model, examples: list[Example], progress=False) -> tuple:
+    """Score the examples -> how many are right, by sum and by mean, and how many there are.
+
+    The counts stay on the device, for the caller to wait for. Raises UserError.
+    """
+    if not examples:
+        return 0, 0, 0
+    choice, choice_norm = choose(examples, log_probabilities(model, examples, progress))
+    labels = torch.tensor([example.label for example in examples], device=choice.device)
+    return (choice == labels).sum(), (choice_norm == labels).sum(), len(examples)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,16 +296,17 @@ def evaluate(model, examples, runtime, batch_size=BATCH_SIZE, progress=False) ->
 # --------------------------------------------------------------------------------------------------
 
 
-def show(model, example: Example, runtime) -> None:
+@torch.no_grad()
+def show(model, example: Example) -> None:
     """Print an example and its four losses, in nats per token (with --harness, per character)."""
     decode = shards.gpt2_tokenizer().decode
-    batch = batches([example], 1, model.config.seq_len)[0]
-    sums = log_probabilities(model, batch, runtime)
+    sums = log_probabilities(model, [example])
     losses = -sums[0].cpu() / torch.tensor(example.lengths)
-    runtime.print(f"---\nContext:\n {decode(batch[0].context)}\nEndings:")
+    context = crop(example, model.config.seq_len).context
+    say(f"---\nContext:\n {decode(context)}\nEndings:")
     for i, ending in enumerate(example.endings):
-        runtime.print(f"{i} (loss: {losses[i]:.4f}){decode(ending)}")
-    runtime.print(f"predicted: {choose(batch, sums, runtime)[1].item()}, actual: {example.label}")
+        say(f"{i} (loss: {losses[i]:.4f}){decode(ending)}")
+    say(f"predicted: {choose([example], sums)[1].item()}, actual: {example.label}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -327,22 +315,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     runtime = train_gpt2.Runtime(train_gpt2.TrainConfig(device=args.device, dtype="float32"))
     torch.set_float32_matmul_precision("highest")  # TF32 would change close choices
-    examples = load_examples(runtime, args.data, args.split, args.harness)[: args.limit]
+    if args.data is None and runtime.local_rank == 0:
+        download(args.split)
+    runtime.barrier()
+    examples = load_examples(args.data, args.split, args.harness)[: args.limit]
     model = train_gpt2.load_model(args.model).to(runtime.device)
-    try:
-        for example in examples[: args.show]:
-            show(model, example, runtime)
-        scores = evaluate(model, examples, runtime, args.batch_size, progress=True)
-    except Exception as error:
-        if not machine.is_out_of_memory(error):
-            raise
-        hint = f"--batch_size {args.batch_size // 2}" if args.batch_size > 1 else "--device cpu"
-        raise UserError(f"out of memory; try {hint}") from None
+    for example in examples[: args.show]:
+        show(model, example)
+    mine = examples[runtime.rank :: runtime.world]
+    scores = Scores(*runtime.sum(*count_right(model, mine, progress=runtime.rank == 0)))
     shares = (scores.acc, scores.acc_norm)
     errors = [(p * (1 - p) / max(scores.total - 1, 1)) ** 0.5 for p in shares]  # as in the harness
     line = f"{scores}, standard error {errors[0]:.4f} {errors[1]:.4f}"
     published = PUBLISHED.get(args.model, ("", ""))[args.harness]
-    runtime.print(f"{line}; published {published}" if published else line)
+    say(f"{line}; published {published}" if published else line)
     runtime.close()
 
 

@@ -14,7 +14,7 @@ Contents: 1. the network, 2. sampling, 3. settings, 4. the machine, 5. the data,
 and its schedule, 7. the training step, 8. evaluation, 9. the run.
 
 Single letters are sizes: B batch (sequences), T time (tokens in a sequence), C channels, H heads,
-D = C / H, V vocabulary, L layers, S tokens so far. Shape comments read "what goes in -> comes out".
+D = C / H, V vocabulary, L layers. Shape comments read "what goes in -> comes out".
 """
 
 import dataclasses
@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
@@ -78,48 +77,22 @@ class CausalSelfAttention(nn.Module):
     do this side by side with D channels each, so a token can look for H things at once.
     """
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.layer = layer
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None):
+    def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
         heads = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
         q, k, v = (z.view(heads).transpose(1, 2) for z in (q, k, v))  # (B, T, C) -> (B, H, T, D)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, H, T, D) -> (B, H, S + T, D)
         # softmax(q k^T / sqrt(D)) v, where no token sees a later one. A sum of D products grows
         # like sqrt(D); dividing by it keeps the softmax soft. FlashAttention (2022) computes this
         # block by block and never writes the (B, H, T, T) scores to memory.
-        # With a cache, token t of the T new ones sees S + t + 1 keys.
-        mask = None if cache is None else causal_lower_right(T, k.size(2))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
-
-
-class KVCache:
-    """The keys and values of the S tokens read so far, so that only new tokens need computing.
-    The old ones never change, because no token sees a later one."""
-
-    def __init__(self):
-        self.layers = {}  # layer -> keys and values, (B, H, S, D) each
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].size(2) if self.layers else 0  # S, between calls of `hidden`
-
-    def update(self, layer: int, k, v):
-        """Append the keys and values of T tokens, (B, H, T, D) each -> all of the layer's."""
-        if layer in self.layers:
-            past_k, past_v = self.layers[layer]
-            k = torch.cat([past_k, k], dim=2)  # (B, H, S, D) and (B, H, T, D) -> (B, H, S + T, D)
-            v = torch.cat([past_v, v], dim=2)
-        self.layers[layer] = k, v
-        return k, v
 
 
 class MLP(nn.Module):
@@ -137,15 +110,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)  # tokens tell each other what they know
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))  # tokens tell each other what they know
         return x + self.mlp(self.ln_2(x))  # and each thinks about it on its own
 
 
@@ -156,8 +129,6 @@ class GPT(nn.Module):
     dropout, so nothing here needs model.eval() and model.train().
     """
 
-    new_cache = KVCache  # for hellaswag.py: this file imports it, so it cannot import this one
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -165,7 +136,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),  # token -> vector
                 wpe=nn.Embedding(config.seq_len, config.n_embd),  # position -> vector
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd),
             )
         )
@@ -196,15 +167,20 @@ class GPT(nn.Module):
                 if isinstance(module, nn.Linear):
                     module.bias.zero_()
 
-    def hidden(self, tokens, cache=None):
-        """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits.
-        With a cache, `tokens` continue the sequences in it."""
-        seen = 0 if cache is None else cache.length
-        positions = torch.arange(seen, seen + tokens.size(1), device=tokens.device)
+    def hidden(self, tokens):
+        """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits."""
+        positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x)
         return self.transformer.ln_f(x)
+
+    def logits(self, x):
+        """Hidden states (..., C) -> logits (..., 50257) in float32, for probabilities.
+
+        The padded ids are cut off: they stand for no text.
+        """
+        return self.lm_head(x)[..., : shards.VOCAB_SIZE].float()
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats.
@@ -283,28 +259,29 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: list[int], max_new_tokens: int, samples=4, top_k=50, seed=42):
+def next_tokens(model: GPT, tokens, temperature: float, top_k: int, generator: torch.Generator):
+    """Draw a next token for each row: tokens (B, T) -> (B, 1)."""
+    x = model.hidden(tokens[:, -model.config.seq_len :])[:, -1]  # (B, T) -> (B, T, C) -> (B, C)
+    logits = model.logits(x) / temperature  # (B, C) -> (B, V)
+    logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K)
+    probabilities = logits.softmax(dim=1).cpu()
+    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, K) -> (B, 1)
+    return ids.gather(1, choice.to(ids.device))
+
+
+def generate(model, prompt, max_new_tokens, samples=4, temperature=1.0, top_k=50, seed=42):
     """Continue `prompt` (token ids, at least one) -> (samples, len(prompt) + max_new_tokens).
 
-    Each token is drawn from the `top_k` most likely (top_k=1 is greedy decoding). The generator is
-    on the CPU, so the random numbers are the same on every device.
+    Each token is one of the `top_k` most likely (top_k=1 is greedy decoding). A temperature below 1
+    makes likely tokens likelier. The generator is on the CPU, so the random numbers are the same on
+    every device.
     """
-    device = model.lm_head.weight.device
-    context = model.config.seq_len
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.tensor(prompt, device=device).repeat(samples, 1)  # (T) -> (B, T)
-    cache = model.new_cache()
+    tokens = torch.tensor(prompt, device=model.lm_head.weight.device)
+    tokens = tokens.repeat(samples, 1)  # (T) -> (B, T)
     for _ in range(max_new_tokens):
-        if tokens.size(1) <= context:
-            new = tokens[:, cache.length :]  # the prompt, then one token at a time
-        else:  # the window slides: every token's position changes, so nothing cached is right
-            cache = model.new_cache()
-            new = tokens[:, -context:]
-        logits = model.lm_head(model.hidden(new, cache)[:, -1]).float()  # (B, C) -> (B, V)
-        logits[:, shards.VOCAB_SIZE :] = -torch.inf  # padded ids stand for no text
-        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K)
-        choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
-        tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # (B, T + 1)
+        new = next_tokens(model, tokens, temperature, top_k, generator)
+        tokens = torch.cat([tokens, new], dim=1)  # (B, T) and (B, 1) -> (B, T + 1)
     return tokens
 
 
@@ -437,6 +414,7 @@ class Runtime:
 
     def __init__(self, config: TrainConfig):
         self.rank = int(os.getenv("RANK", "0"))
+        self.local_rank = int(os.getenv("LOCAL_RANK", "0"))
         self.world = int(os.getenv("WORLD_SIZE", "1"))
         self.device = machine.find_device(config.device)
         self.device_type = self.device.type
@@ -466,6 +444,10 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.sum(0)
 
     def close(self) -> None:
         """End the run; with several ranks, end this process."""
@@ -727,8 +709,18 @@ def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> No
     runtime.print("---")
 
 
+def load_hellaswag(runtime) -> list[hellaswag.Example]:
+    """Load the examples; one rank on each machine downloads them first, if they are not there."""
+    if runtime.local_rank == 0:
+        hellaswag.download()
+    runtime.barrier()
+    return hellaswag.load_examples()
+
+
 def show_hellaswag(step, model, examples, records, runtime) -> None:
-    scores = hellaswag.evaluate(model, examples, runtime)
+    with runtime.autocast():
+        counts = hellaswag.count_right(model, examples[runtime.rank :: runtime.world])
+    scores = hellaswag.Scores(*runtime.sum(*counts))
     records.write("hellaswag", step=step, acc=scores.acc, acc_norm=scores.acc_norm)
     runtime.print(f"step {step:5d} | {scores}")
 
@@ -788,7 +780,7 @@ def main(argv: list[str] | None = None) -> None:
         show_validation(0, model, val_loader, config, 8, None, runtime)
         show_samples(0, model, config, None, runtime, max_new_tokens=64)
         return runtime.close()
-    examples = hellaswag.load_examples(runtime=runtime) if config.hellaswag_every else []
+    examples = load_hellaswag(runtime) if config.hellaswag_every else []
     compiled = machine.can_compile(config.compile, runtime)
     if compiled:  # only model(x); model.forward(x) and model.hidden(x) stay eager
         model.compile(dynamic=False)
