@@ -97,7 +97,7 @@ def measure_rung(rung: str, args) -> dict:
     config = make_config(args, dtype="auto" if "bfloat16" in enabled else "float32")
     if "freed memory kept" not in enabled:
         machine.keep_freed_memory = lambda: False  # Runtime calls it on a CPU
-    runtime = train_gpt2.Runtime(config)
+    runtime = train_gpt2.Runtime(config.device, config.dtype)
     keeps_memory = runtime.device_type == "cpu" and machine.keep_freed_memory()
     ampere = runtime.device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if rung == "TF32" and not ampere:
@@ -119,7 +119,7 @@ def measure_rung(rung: str, args) -> dict:
     vocab_size = 50304 if "vocabulary 50304" in enabled else 50257
     sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(GPTConfig(config.seq_len, vocab_size, **sizes)).to(runtime.device)
-    compiled = "torch.compile" in enabled and machine.can_compile(config.compile, runtime)
+    compiled = "torch.compile" in enabled and machine.can_compile(config.compile, runtime.device)
     if rung == "torch.compile" and not compiled:
         return {"skipped": "needs a working compiler"}
     if compiled:
@@ -150,7 +150,7 @@ def measure_rung(rung: str, args) -> dict:
 
 def measure_peak(args) -> dict:
     """Time the product of two large matrices, in bfloat16 if it is fast here -> FLOP/s."""
-    runtime = train_gpt2.Runtime(TrainConfig(device=args.device))
+    runtime = train_gpt2.Runtime(args.device, "auto")
     N = 4096 if runtime.device_type == "cpu" else 8192  # on a GPU 4096 is too short to time
     a, b = torch.randn(2, N, N, device=runtime.device).to(runtime.dtype)
     return {"peak": 2 * N**3 / median_seconds(lambda: a @ b, 2, 6, runtime)}

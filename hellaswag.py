@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     import train_gpt2  # here, because train_gpt2 imports this file
 
     args = parse_arguments(argv)
-    runtime = train_gpt2.Runtime(train_gpt2.TrainConfig(device=args.device, dtype="float32"))
+    runtime = train_gpt2.Runtime(args.device, "float32")
     torch.set_float32_matmul_precision("highest")  # TF32 would change close choices
     if args.data is None and runtime.local_rank == 0:
         download(args.split)

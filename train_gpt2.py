@@ -408,21 +408,50 @@ def make_config(flags: dict, loaded: dict) -> TrainConfig:
 # `python bench.py` climbs the same ladder on your machine; machine.py knows what it can do.
 
 
-class Runtime:
-    """Where this process runs: as rank `rank` of `world` processes, on its own device. torchrun
-    starts the processes and numbers them; without it there is one, rank 0."""
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype of matrix products on a device that trains well."""
+    if device.type == "cuda":  # tensor cores can multiply bfloat16 from Ampere (8.0) on
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
-    def __init__(self, config: TrainConfig):
-        self.rank = int(os.getenv("RANK", "0"))
-        self.local_rank = int(os.getenv("LOCAL_RANK", "0"))
-        self.world = int(os.getenv("WORLD_SIZE", "1"))
-        self.device = machine.find_device(config.device)
-        self.device_type = self.device.type
-        self.dtype = machine.choose_dtype(config.dtype, self.device)
+
+class Runtime:
+    """Where this process runs: as rank `rank` of `world` processes, each on its own device.
+
+    torchrun starts one process per GPU and tells each its place by three environment variables:
+    RANK counts all processes, LOCAL_RANK those of one machine, and WORLD_SIZE is how many there
+    are. Started by python, a process has none of the three, and is rank 0 of 1.
+    """
+
+    def __init__(self, device: str, dtype: str):
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        values = [os.environ[name] for name in names if name in os.environ]
+        if len(values) not in (0, 3):
+            raise UserError(f"only some of {', '.join(names)} are set; unset them, or start with torchrun")
+        self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
+
+        if device == "auto" and torch.cuda.is_available():
+            device = "cuda"
+        elif device == "auto":
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{self.local_rank}"  # each process has its own GPU
+        with explain(f"--device {device} cannot be used"):
+            self.device = torch.device(device)
+            self.device_type = self.device.type
+            if self.device_type == "cuda":
+                torch.cuda.set_device(self.device)
+            torch.zeros(1, device=self.device)
+        self.dtype = fastest_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
         self.double = torch.float32 if self.device_type == "mps" else torch.float64  # mps has none
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
-        if self.world > 1:
+        if self.device_type == "cpu":
+            machine.keep_freed_memory()
+        if self.world > 1:  # nccl connects GPUs, gloo CPUs
             gpu = self.device if self.device_type == "cuda" else None
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
 
@@ -430,9 +459,6 @@ class Runtime:
         """Matrix products in self.dtype; weights, sums, norms and softmax stay in float32."""
         half = self.dtype != torch.float32
         return torch.autocast(self.device_type, self.dtype) if half else nullcontext()
-
-    def print(self, *args) -> None:
-        say(*args)
 
     def sum(self, *values) -> list[float]:
         """Sum each value, a number or a scalar on the device, over all ranks.
@@ -445,9 +471,16 @@ class Runtime:
             dist.all_reduce(total)
         return total.tolist()
 
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        smallest = torch.tensor(value, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
-        self.sum(0)
+        self.least(0)
 
     def close(self) -> None:
         """End the run; with several ranks, end this process."""
@@ -655,7 +688,7 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
         line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
         line += f" | mfu {mfu:.1%}" if mfu else ""
         line += f" | {left} left" if step else ""  # the first step may include compiling
-        runtime.print(line)
+        say(line)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -690,7 +723,7 @@ def show_validation(step, model, loader, config, micro_batch, records, runtime) 
     loss, bits = validation_loss(model, loader, config, micro_batch, runtime)
     if records:
         records.write("val", step=step, loss=loss, bits_per_byte=bits)
-    runtime.print(f"step {step:5d} | validation loss {loss:.4f} | {bits:.4f} bits per byte")
+    say(f"step {step:5d} | validation loss {loss:.4f} | {bits:.4f} bits per byte")
 
 
 def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> None:
@@ -705,8 +738,8 @@ def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> No
     if records:
         records.write("sample", step=step, texts=texts)
     for text in texts:
-        runtime.print(f"--- sample at step {step}\n{text}")
-    runtime.print("---")
+        say(f"--- sample at step {step}\n{text}")
+    say("---")
 
 
 def load_hellaswag(runtime) -> list[hellaswag.Example]:
@@ -722,7 +755,7 @@ def show_hellaswag(step, model, examples, records, runtime) -> None:
         counts = hellaswag.count_right(model, examples[runtime.rank :: runtime.world])
     scores = hellaswag.Scores(*runtime.sum(*counts))
     records.write("hellaswag", step=step, acc=scores.acc, acc_norm=scores.acc_norm)
-    runtime.print(f"step {step:5d} | {scores}")
+    say(f"step {step:5d} | {scores}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -762,11 +795,11 @@ def main(argv: list[str] | None = None) -> None:
         model = load_model(flags["init_from"])
         loaded = dataclasses.asdict(model.config)
     config = make_config(flags, loaded)
-    runtime = Runtime(config)
-    runtime.print(f"preset {config.preset}{WITHOUT_PRESET}, data {config.data}")
+    runtime = Runtime(config.device, config.dtype)
+    say(f"preset {config.preset}{WITHOUT_PRESET}, data {config.data}")
 
     # The data and the model.
-    train_shards, val_shards = shards.open_data(config.data, runtime.print)
+    train_shards, val_shards = shards.open_data(config.data)
     val_loader = DataLoaderLite(val_shards, config.seq_len, None, config.data)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
     if model is None:
@@ -781,10 +814,11 @@ def main(argv: list[str] | None = None) -> None:
         show_samples(0, model, config, None, runtime, max_new_tokens=64)
         return runtime.close()
     examples = load_hellaswag(runtime) if config.hellaswag_every else []
-    compiled = machine.can_compile(config.compile, runtime)
+    compiled = machine.can_compile(config.compile, runtime.device)
     if compiled:  # only model(x); model.forward(x) and model.hidden(x) stay eager
         model.compile(dynamic=False)
-    micro_batch = machine.choose_micro_batch(config, model, compiled, runtime)
+    micro_batch = machine.choose_micro_batch(config, model, compiled, runtime.dtype, runtime.world)
+    micro_batch = runtime.least(micro_batch)  # a rank may have less free memory
     steps = count_steps(config, loader.epoch_sequences)
 
     # What trains it, and what it leaves behind.
@@ -832,7 +866,7 @@ def main(argv: list[str] | None = None) -> None:
             show_step(step, steps, seconds, loss, lr, norm, model, config, records, runtime)
     saver.close(step)
     if stopped:
-        runtime.print(f"stopped by {stop.signal or 'signal'} after step {step}; --resume continues")
+        say(f"stopped by {stop.signal or 'signal'} after step {step}; --resume continues")
     runtime.close()
 
 

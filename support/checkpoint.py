@@ -38,7 +38,7 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
     count = sum(p.numel() for p in model.parameters())
     warmup = math.ceil(config.warmup_tokens / config.batch_tokens)
     dtype = str(runtime.dtype).removeprefix("torch.")
-    runtime.print(
+    say(
         f"{count:,} parameters, {'compiled' if compiled else 'eager'}, on"
         f" {runtime.world} x {runtime.device_type} in {dtype}\n"
         f"{steps:,} steps of {config.batch_tokens:,} tokens ({warmup:,} of warmup),"
@@ -188,7 +188,7 @@ class Saver:
                     part.load_state_dict(state)
             changed = sorted(self.header["settings"].items() - saved["settings"].items())
             if changed:
-                self.runtime.print(f"changed on --resume: {dict(changed)}")
+                say(f"changed on --resume: {dict(changed)}")
             self.saved = saved["step"]
         world = self.runtime.world
         sums = self.runtime.sum(self.saved, self.saved**2)  # the mean alone could agree by chance
@@ -220,7 +220,7 @@ class Saver:
             return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             failure = f"{path} NOT written: {first_line(error)}"
-            self.runtime.print(failure)
+            say(failure)
             return failure
 
     def diverged(self, step: int, loss: float, norm: float) -> UserError:

@@ -1,18 +1,16 @@
-"""What a machine can do: its best precision, peak speed and compiler, and what fits its memory.
+"""What a machine can do: its peak speed, whether it has a compiler, and what fits its memory.
 
 train_gpt2.py asks these questions; the lecture has one machine and knows the answers.
 """
 
 import ctypes
-import os
 import platform
 import re
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
-from support.command import UserError, first_line
+from support.command import UserError, say
 
 # Dense bfloat16 TFLOP/s (float16 for V100 and T4) from the vendors' data sheets; the first entry
 # found in the device's name is used.
@@ -44,26 +42,6 @@ PEAK_TFLOPS = {
 }
 
 
-def find_device(name: str) -> torch.device:
-    """The device of this process, by --device. Raises UserError if it cannot be used."""
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if name == "cuda":  # torchrun starts one process per GPU and numbers them
-            device = torch.device("cuda", int(os.getenv("LOCAL_RANK", "0")))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        torch.zeros(1, device=device)
-        return device
-    except Exception as error:  # torch raises many types here
-        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from None
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -79,27 +57,15 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: --dtype, or the fastest here that trains well."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":  # tensor cores know bfloat16 from Ampere (8.0) on
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if ampere else torch.float16
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def can_compile(wanted: bool | None, runtime) -> bool:
+def can_compile(wanted: bool | None, device: torch.device) -> bool:
     """Whether to use torch.compile: --compile, or whether it finds Triton or a C++ compiler."""
-    if wanted is False or (wanted is None and runtime.device_type == "mps"):
+    if wanted is False or (wanted is None and device.type == "mps"):
         return False
     try:  # to compile something small is the only sure sign
-        torch.compile(torch.sin)(torch.zeros(8, device=runtime.device))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
         return True
     except Exception:  # each part of the compiler fails with its own type
-        runtime.print("no working compiler for torch.compile: training runs eagerly, and slower")
+        say("no working compiler for torch.compile: training runs eagerly, and slower")
         return False
 
 
@@ -155,12 +121,12 @@ def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: in
     return per_parameter * parameters + tokens * (activations + logits)
 
 
-def choose_micro_batch(config, model, compiled: bool, runtime) -> int:
+def choose_micro_batch(config, model, compiled: bool, dtype: torch.dtype, world: int) -> int:
     """--micro_batch, or as many sequences as fit into a GPU's free memory, up to 65,536 tokens.
 
     Raises UserError, naming a batch that works, if --batch_tokens does not divide evenly.
     """
-    unit = (config.micro_batch or 1) * config.seq_len * runtime.world
+    unit = (config.micro_batch or 1) * config.seq_len * world
     if config.batch_tokens % unit:
         works = max(1, round(config.batch_tokens / unit)) * unit
         factor = "micro_batch * " if config.micro_batch else ""
@@ -170,20 +136,18 @@ def choose_micro_batch(config, model, compiled: bool, runtime) -> int:
         return config.micro_batch
     share = config.batch_tokens // unit  # the sequences of a rank
     sizes = [n for n in range(1, share + 1) if share % n == 0]
-    if runtime.device_type != "cuda":  # larger is not faster there
+    device = model.lm_head.weight.device
+    if device.type != "cuda":  # larger is not faster there
         return max(n for n in sizes if n == 1 or n * config.seq_len <= 8192)
-    free = 0.9 * torch.cuda.mem_get_info(runtime.device)[0]  # a tenth for CUDA and fragments
+    free = 0.9 * torch.cuda.mem_get_info(device)[0]  # a tenth for CUDA and fragments
     parameters = sum(p.numel() for p in model.parameters())
     best = 1
     for n in sizes:
         tokens = n * config.seq_len
-        need = step_bytes(model.config, parameters, tokens, compiled, runtime.dtype, runtime.world)
+        need = step_bytes(model.config, parameters, tokens, compiled, dtype, world)
         if tokens <= 65536 and need <= free:
             best = n
-    smallest = torch.tensor(best, device=runtime.device)
-    if runtime.world > 1:  # all ranks take the smallest
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest)
+    return best
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.command import UserError, explain
+from support.command import UserError, explain, say
 
 VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges and <|endoftext|>; an id fits into 16 bits
 END_OF_TEXT = 50256  # the first token of every document
@@ -119,7 +119,7 @@ def read_manifest(folder: Path | str) -> dict | None:
         return manifest
 
 
-def open_data(path: str, say=print) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def open_data(path: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Open a folder of shards, or a text -> training and validation shards, (N,) uint16 each.
 
     The last tenth of a text is for validation. Raises UserError for unusable data.
