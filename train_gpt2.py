@@ -17,14 +17,13 @@ Single letters are sizes: B batch (sequences), T time (tokens in a sequence), C 
 D = C / H, V vocabulary, L layers. Shape comments read "what goes in -> comes out".
 """
 
-import dataclasses
 import functools
 import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 from support import checkpoint, machine, shards
-from support.command import UserError, explain, parse_flags, run_command, say
+from support.command import UserError, explain, merge, parse_flags, run_command, say, setting
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network (0:13:47 the nn.Module; 0:28:08 published parameters; 0:52:53 cross entropy;
@@ -58,15 +57,18 @@ from support.command import UserError, explain, parse_flags, run_command, say
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the model. The defaults are GPT-2 (124M): GPT-2 paper, table 2; GPT-2's code."""
+    """The sizes of the model. The defaults are GPT-2 (124M): GPT-2 paper, table 2; GPT-2's code.
 
-    seq_len: int = 1024  # tokens, T: how far back the model can look
+    A size is a setting like those of section 3, so each of them is a flag of the command.
+    """
+
+    seq_len: int = setting(1024, "tokens per sequence")  # T: how far back the model can look
     # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128: tensor cores load 8 numbers (16 bytes) at a
     # time, and rows of an odd length never line up with that, so slower kernels have to step in.
-    vocab_size: int = 50304
-    n_layer: int = 12  # L
-    n_head: int = 12  # H
-    n_embd: int = 768  # C
+    vocab_size: int = setting(50304, "tokens that the model knows, padding included")
+    n_layer: int = setting(12, "number of layers")  # L
+    n_head: int = setting(12, "attention heads per layer")  # H
+    n_embd: int = setting(768, "number of channels")  # C
 
 
 class CausalSelfAttention(nn.Module):
@@ -288,22 +290,22 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1.0, top_k=50
 # --------------------------------------------------------------------------------------------------
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
-# Every setting is one line: a default, a flag, its help and its source. A flag wins over what was
-# loaded (by --resume all settings, by --init_from the model's shape), then preset, then default.
+# Every setting is one line: a default, a flag, its help and its source. First wins: a flag; what was
+# loaded (by --resume all settings, by --init_from the model's sizes); the preset; the default.
 
 
-def setting(default, help: str, choices=""):
-    """Declare a setting: its default, and the help and the choices of its command-line flag."""
-    return field(default=default, metadata=dict(help=help, choices=choices))
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The defaults are the lecture's. Batch, warmup and validation are in tokens, so
-    they mean the same on any number of GPUs."""
+class TrainConfig(GPTConfig):
+    """The model's sizes, and how to train it. The defaults are the lecture's. Batch, warmup and
+    validation are in tokens, so they mean the same on any number of GPUs."""
 
     preset: str = setting("", "which preset to start from; other flags override it")
-    data: str = setting("", "folder of token shards, or a text (its last tenth is for validation)")
+    data: str = setting(
+        str(HERE / "edu_fineweb10B"), "folder of token shards, or a text (last tenth: validation)"
+    )
     out_dir: str = setting("log", "folder for metrics.jsonl and the checkpoints")
     init_from: str = setting("", "start from a published model, transformers folder or checkpoint")
     resume: bool = setting(False, "continue from the newest checkpoint in --out_dir")
@@ -313,11 +315,6 @@ class TrainConfig:
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first available")
     dtype: str = setting("auto", "matmul precision", choices="auto bfloat16 float16 float32")
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
-
-    n_layer: int = setting(12, "number of layers")  # GPT-2 paper, table 2
-    n_head: int = setting(12, "attention heads per layer")  # GPT-2's code
-    n_embd: int = setting(768, "number of channels")  # GPT-2 paper, table 2
-    seq_len: int = setting(1024, "tokens per sequence")  # GPT-2 paper, section 2.3
 
     batch_tokens: int = setting(2**19, "tokens per step")  # GPT-3 paper, table 2.1: 0.5M
     micro_batch: int = setting(0, "sequences per forward pass on a device; 0: as many as fit")
@@ -338,15 +335,22 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens")
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in asdict(self).items():
             least = 1 if name in positive else 0
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise UserError(f"--{name} {value}: it must be finite and at least {least}")
         if self.eval_only and (self.resume or not self.init_from):
             raise UserError("--eval_only needs --init_from and does not go with --resume")
+        if self.vocab_size < shards.VOCAB_SIZE:
+            what = f"--vocab_size {self.vocab_size} is less than GPT-2's tokens"
+            raise UserError(f"{what}; try {shards.VOCAB_SIZE}")
         if self.n_embd % self.n_head:
             what = f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}"
             raise UserError(f"{what}; try {math.gcd(self.n_embd, self.n_head)}")
+
+    def network(self) -> GPTConfig:
+        """The model's sizes alone."""
+        return GPTConfig(**{name: getattr(self, name) for name in SIZES})
 
 
 # What differs from the defaults. Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code.
@@ -361,32 +365,27 @@ PRESETS = {
     # Ours: among the best of 14 shapes with three minutes each on a CPU. Muon beats AdamW here.
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, max_steps=850)
     | dict(optimizer="muon", learning_rate=6e-3, warmup_tokens=77_000, prompt="First Citizen:\n")
-    | dict(compile=False, sample_every=500, hellaswag_every=0, checkpoint_every=0),
+    | dict(compile=False, sample_every=500, hellaswag_every=0, checkpoint_every=0)
+    | dict(data=str(HERE / "input.txt")),
 }
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-WITHOUT_PRESET = " (without --preset: gpt2 if fineweb.py has made edu_fineweb10B, else demo)"
-SHAPE = ("n_layer", "n_head", "n_embd")  # no flag can change these in a loaded model
-FIXED = (*SHAPE, "preset", "seq_len", "batch_tokens", "seed", "optimizer")  # or these on --resume
+SIZES = tuple(size.name for size in fields(GPTConfig))  # no flag can change these in a model
+FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # or these in a run
 
 
-def make_config(flags: dict, loaded: dict) -> TrainConfig:
-    """Merge flags, what was loaded to continue, preset and defaults; UserError if they clash."""
-    here = Path(__file__).parent
-    guess = "gpt2" if shards.list_shards(here / "edu_fineweb10B", "train") else "demo"
-    preset = flags.get("preset") or loaded.get("preset") or guess
+def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfig:
+    """Merge all settings; flags may not contradict the `fixed` ones among those loaded."""
+    given = flags.get("preset") or loaded.get("preset")
+    guess = "gpt2" if shards.list_shards(HERE / "edu_fineweb10B", "train") else "demo"
+    preset = given or guess
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    resuming = "seed" in loaded  # a model alone has no seed
-    for name in FIXED if resuming else SHAPE:
-        if name in flags and flags[name] != loaded.get(name, flags[name]):
-            what = f"--{name} {flags[name]}: what was loaded has {loaded[name]}"
-            raise UserError(f"{what}; leave the flag out, or start another run")
     if "epochs" in flags:  # they replace a preset's number of steps
         flags = {"max_steps": 0, **flags}
-    data = here / ("input.txt" if preset == "demo" else "edu_fineweb10B")
-    merged = {"data": str(data), **PRESETS[preset], **loaded, **flags, "preset": preset}
-    known = {f.name for f in dataclasses.fields(TrainConfig)}  # vocab_size is not among them
-    return TrainConfig(**{name: value for name, value in merged.items() if name in known})
+    config = merge(TrainConfig, PRESETS[preset] | {"preset": preset}, loaded, flags, fixed)
+    why = "" if given else " (without --preset: gpt2 if fineweb.py has made its shards, else demo)"
+    say(f"preset {preset}{why}, data {config.data}")
+    return config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,7 +429,9 @@ class Runtime:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         values = [os.environ[name] for name in names if name in os.environ]
         if len(values) not in (0, 3):
-            raise UserError(f"only some of {', '.join(names)} are set; unset them, or start with torchrun")
+            raise UserError(
+                f"only some of {', '.join(names)} are set; unset them, or start with torchrun"
+            )
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
 
         if device == "auto" and torch.cuda.is_available():
@@ -782,33 +783,35 @@ def due(every: int, step: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
-def main(argv: list[str] | None = None) -> None:
-    # Load a run to resume or a model to start from, if any, and settle the settings.
-    flags = parse_flags(TrainConfig, __doc__, argv)
-    saved, model, loaded = None, None, {}
-    if flags.get("resume"):
-        saved = checkpoint.newest(Path(flags.get("out_dir", TrainConfig.out_dir)))
+def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
+    """Flags -> all settings, the model to train, and the checkpoint to resume, if there is one."""
+    saved = checkpoint.newest(Path(flags.get("out_dir", "log"))) if flags.get("resume") else None
     if saved:
-        loaded = saved["settings"]
-        model = GPT(GPTConfig(**saved["network"]))  # restored below, with the optimizer
-    elif flags.get("init_from"):
+        model = GPT(GPTConfig(**saved["network"]))  # its weights come later, with the optimizer's
+        return make_config(flags, saved["network"] | saved["settings"], FIXED), model, saved
+    if flags.get("init_from"):
         model = load_model(flags["init_from"])
-        loaded = dataclasses.asdict(model.config)
-    config = make_config(flags, loaded)
+        shorter = tuple(name for name in SIZES if name != "seq_len")  # a model may look back less
+        config = make_config(flags, asdict(model.config), shorter)
+        if config.seq_len > model.config.seq_len:
+            what = f"--seq_len {config.seq_len} is more than {config.init_from} can take"
+            raise UserError(f"{what}; try --seq_len {model.config.seq_len}")
+        return config, model, None
+    config = make_config(flags, {}, ())
+    torch.manual_seed(config.seed)
+    return config, GPT(config.network()), None
+
+
+def main(argv: list[str] | None = None) -> None:
+    # What to train, on what, and where.
+    config, model, saved = settle(parse_flags(TrainConfig, __doc__, argv))
     runtime = Runtime(config.device, config.dtype)
-    say(f"preset {config.preset}{WITHOUT_PRESET}, data {config.data}")
 
     # The data and the model.
     train_shards, val_shards = shards.open_data(config.data)
     val_loader = DataLoaderLite(val_shards, config.seq_len, None, config.data)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
-    if model is None:
-        torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(seq_len=config.seq_len, **{n: getattr(config, n) for n in SHAPE}))
     model.to(runtime.device)
-    if config.seq_len > model.config.seq_len:
-        what = f"--seq_len {config.seq_len} is more than {config.init_from} can take"
-        raise UserError(f"{what}; try --seq_len {model.config.seq_len}")
     if config.eval_only:
         show_validation(0, model, val_loader, config, 8, None, runtime)
         show_samples(0, model, config, None, runtime, max_new_tokens=64)

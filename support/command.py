@@ -42,22 +42,41 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
+def setting(default, help: str, choices=""):
+    """Declare a setting: its default, and the help and the choices of its command-line flag."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+
+
 def parse_flags(config_class: type, description: str, argv: list[str] | None) -> dict:
     """Make a flag of each field of a dataclass -> those that the command line gives, by name.
 
-    A field's metadata has the flag's help and its choices. Raises UserError for bad flags.
+    A field without `setting` has a flag, too, and no help. Raises UserError for bad flags.
     """
     parser = OneLineParser(description=description.partition("\n")[0], allow_abbrev=False)
     for field in dataclasses.fields(config_class):
-        options = dict(help=field.metadata["help"], default=argparse.SUPPRESS)
+        options = dict(help=field.metadata.get("help", ""), default=argparse.SUPPRESS)
         if field.type in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = field.type
-            options["choices"] = field.metadata["choices"].split() or None
+            options["choices"] = field.metadata.get("choices", "").split() or None
             options["help"] += f" (default: {field.default})" if field.default else ""
         parser.add_argument(f"--{field.name}", **options)
     return vars(parser.parse_args(argv))
+
+
+def merge(config_class: type, preset: dict, loaded: dict, flags: dict, fixed: tuple[str, ...]):
+    """Make a config: flags win over what was loaded, that over the preset, that over the defaults.
+
+    Raises UserError if a flag contradicts one of the `fixed` settings that were loaded.
+    """
+    for name in fixed:
+        if name in flags and flags[name] != loaded.get(name, flags[name]):
+            what = f"--{name} {flags[name]}: what was loaded has {loaded[name]}"
+            raise UserError(f"{what}; leave the flag out, or start another run")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    settings = {**preset, **loaded, **flags}
+    return config_class(**{name: value for name, value in settings.items() if name in known})
 
 
 def run_command(name: str, main: Callable[[], None]) -> None:
