@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from support import checkpoint, machine, shards
+from support import checkpoint, machine, published, shards
 from support.command import UserError, explain, merge, parse_flags, run_command, say, setting
 
 # --------------------------------------------------------------------------------------------------
@@ -204,52 +204,18 @@ class GPT(nn.Module):
         weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * seq_len
 
-    @staticmethod
-    def transposed(weights: dict) -> dict:
-        """Turn the matrices that OpenAI stored as (in, out) into nn.Linear's (out, in), or back."""
-        turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        return {k: w.t() if k.endswith(turned) else w for k, w in weights.items()}
-
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
         """Load a published model (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a transformers folder.
 
-        The vocabulary stays unpadded: GPT-2's logits are around -35, so rows of zeros (logit 0)
-        would take all the probability in a loss. Raises UserError if it is not a plain GPT-2.
+        The vocabulary stays unpadded: GPT-2's logits are around -35, so an added row of zeros, with
+        its logit of 0, would win every softmax. support/published.py turns OpenAI's matrices, which
+        are stored as (in, out), and raises UserError if it is not a plain GPT-2.
         """
-        import transformers  # only here, because it takes seconds and training does not need it
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        # From safetensors: unlike a pickle, such a file cannot hold code.
-        options = dict(use_safetensors=True, output_loading_info=True)
-        with explain(f"cannot load GPT-2 weights from {name_or_folder}"):
-            theirs, info = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
-        c, plain = theirs.config, transformers.GPT2Config()
-        must_match = ("activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights")
-        must_match += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
-        odd = [name for name in must_match if getattr(c, name) != getattr(plain, name)]
-        odd += sorted(info["missing_keys"])  # transformers has drawn these weights at random
-        if odd:
-            raise UserError(f"{name_or_folder} is not a plain GPT-2: look at its {odd[0]}")
-        sizes = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-        model = cls(GPTConfig(seq_len=c.n_positions, vocab_size=c.vocab_size, **sizes))
-        model.load_state_dict(cls.transposed(theirs.state_dict()))
+        sizes, weights = published.read(name_or_folder)
+        model = cls(GPTConfig(**sizes))
+        model.load_state_dict(weights)
         return model
-
-    def export_pretrained(self, folder: str | Path) -> None:
-        """Write a folder for transformers.GPT2LMHeadModel.from_pretrained, without padded rows."""
-        import transformers
-
-        c = self.config
-        rows = min(c.vocab_size, shards.VOCAB_SIZE)
-        sizes = dict(n_positions=c.seq_len, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=rows, **sizes))
-        weights = self.transposed(self.state_dict())
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            weights[name] = weights[name][:rows]
-        theirs.load_state_dict(weights)
-        theirs.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,7 +334,6 @@ PRESETS = {
     | dict(compile=False, sample_every=500, hellaswag_every=0, checkpoint_every=0)
     | dict(data=str(HERE / "input.txt")),
 }
-PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SIZES = tuple(size.name for size in fields(GPTConfig))  # no flag can change these in a model
 FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # or these in a run
 
@@ -772,9 +737,9 @@ def load_model(source: str) -> GPT:
         model = GPT(GPTConfig(**content["network"]))
         model.load_state_dict(content["model"])
         return model
-    if not Path(source, "config.json").is_file() and source not in PUBLISHED:
+    if not Path(source, "config.json").is_file() and source not in published.NAMES:
         what = f"--init_from {source} is not a checkpoint, a folder with one, a transformers folder"
-        raise UserError(f"{what}, or one of {', '.join(PUBLISHED)}")
+        raise UserError(f"{what}, or one of {', '.join(published.NAMES)}")
     return GPT.from_pretrained(source)
 
 

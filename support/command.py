@@ -31,6 +31,8 @@ def explain(what: str, hint: str = "") -> Iterator[None]:
     """Turn any exception into a UserError; damaged files and networks raise nearly all types."""
     try:
         yield
+    except UserError:  # it is explained
+        raise
     except Exception as error:
         raise UserError(f"{what} ({first_line(error)}){hint}") from error
 

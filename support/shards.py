@@ -16,6 +16,7 @@ import numpy as np
 from support.command import UserError, explain, say
 
 VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges and <|endoftext|>; an id fits into 16 bits
+VOCAB_BPE = Path(__file__).with_name("vocab.bpe")
 END_OF_TEXT = 50256  # the first token of every document
 EOT = np.array([END_OF_TEXT], np.uint16)
 # The tokenizer's white space: Unicode's White_Space. isspace() has four control characters more.
@@ -27,27 +28,38 @@ LONG_GAP = re.compile(rf"[{WHITE_SPACE}]{{100000,}}")
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
+def byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in vocab.bpe, in the order of the bytes' ids.
+
+    A byte that is printable in Latin-1 stands for itself; the other 68 are U+0100 and up, so the
+    space is "Ġ".
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def merges() -> list[list[str]]:
+    """The 50,000 pairs of tokens in vocab.bpe, the file that OpenAI published (vocab.LICENSE)."""
+    lines = VOCAB_BPE.read_text("utf-8").split("\n")
+    return [line.split(" ") for line in lines[1:-1]]  # the first line is a version
+
+
 @functools.cache
 def gpt2_tokenizer():
-    """Build tiktoken's GPT-2 `Encoding` from vocab.bpe, the file that OpenAI published.
+    """Build tiktoken's GPT-2 `Encoding`.
 
-    Byte-pair encoding (GPT-2 paper, 2.2) begins with the 256 bytes as tokens. Each line of vocab.bpe
-    then joins two tokens into a new one, which gets the next id. To encode a word, join the pair
-    with the lowest id first, and so on until no pair is left. The file stands for bytes by printable
-    characters: a byte that is printable in Latin-1 by itself, the other 68 by U+0100 and up, so "Ġ"
-    is the space.
+    Byte-pair encoding (GPT-2 paper, 2.2) begins with the 256 bytes as tokens. Then each pair in
+    vocab.bpe makes a new token, with the next id. To tokenize a word, start from its bytes, join
+    the neighbors that make the token with the lowest id, and repeat until none make a token.
     """
     import tiktoken  # only here: a model can be trained without it
 
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_of = byte_characters()
     ids = {bytes([byte]): i for i, byte in enumerate(byte_of.values())}
-    lines = Path(__file__).with_name("vocab.bpe").read_text("utf-8").split("\n")
-    for pair in lines[1:-1]:  # the first line is a version, and 50,000 pairs follow
-        token = bytes(byte_of[character] for character in pair.replace(" ", ""))
-        ids[token] = len(ids)
+    for first, second in merges():
+        ids[bytes(byte_of[character] for character in first + second)] = len(ids)
     special = {"<|endoftext|>": END_OF_TEXT}
     return tiktoken.Encoding("gpt2", pat_str=WORDS, mergeable_ranks=ids, special_tokens=special)
 

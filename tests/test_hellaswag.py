@@ -25,6 +25,7 @@ from helpers import their_tokenizer
 import hellaswag
 import train_gpt2
 from hellaswag import Example
+from support import published
 from support.command import UserError
 from support.shards import END_OF_TEXT, gpt2_tokenizer
 
@@ -61,7 +62,7 @@ def model():
 def folder(model, tmp_path_factory):
     """The model in a transformers folder called gpt2, like a published one."""
     path = tmp_path_factory.mktemp("models") / "gpt2"
-    model.export_pretrained(path)
+    published.write(path, dataclasses.asdict(model.config), model.state_dict())
     return path
 
 

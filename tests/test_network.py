@@ -1,5 +1,7 @@
 """The network and the published weights, against transformers' GPT-2."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import transformers
 from helpers import in_their_layout, their_model
 
 import train_gpt2
+from support import published
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
 
 # name -> sizes, and the batch: (sequences, tokens of each)
@@ -139,7 +142,7 @@ def test_round_trip_through_transformers(tmp_path, vocab_size):
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    ours.export_pretrained(tmp_path)
+    published.write(tmp_path, dataclasses.asdict(ours.config), ours.state_dict())
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     back = GPT.from_pretrained(str(tmp_path))
     assert theirs.config.vocab_size == back.config.vocab_size == 50257

@@ -1,0 +1,31 @@
+"""Write a model as a folder for transformers: the weights, and GPT-2's tokenizer.
+
+    python export.py log my-gpt2        # the newest checkpoint of the run in log/
+
+Then, with no need of this project:
+
+    from transformers import pipeline
+    pipeline("text-generation", "my-gpt2")("Once upon a time")
+"""
+
+import dataclasses
+
+from support import published
+from support.command import OneLineParser, run_command, say
+
+
+def main(argv: list[str] | None = None) -> None:
+    from train_gpt2 import load_model
+
+    parser = OneLineParser("export.py", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="an --out_dir, a checkpoint, or a published name")
+    add("folder", metavar="FOLDER", help="the folder to write; it must be new or empty")
+    args = parser.parse_args(argv)
+    model = load_model(args.model)
+    published.write(args.folder, dataclasses.asdict(model.config), model.state_dict())
+    say(f'wrote {args.folder}; try: pipeline("text-generation", "{args.folder}")("Once")')
+
+
+if __name__ == "__main__":
+    run_command("export.py", main)

@@ -1,0 +1,131 @@
+"""Models in transformers' format: those that OpenAI published, and folders that others can load.
+
+The weights have the same names as in train_gpt2.py. OpenAI stored its matrices as (in, out), and
+nn.Linear has (out, in), so they are turned both ways. What transformers believes without looking
+is checked here: a folder that is not a plain GPT-2, with GPT-2's tokenizer, is refused.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from support.command import UserError, explain
+from support.shards import VOCAB_BPE, VOCAB_SIZE, byte_characters, merges
+
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
+# What a plain GPT-2 has in its config.json.
+PLAIN = dict(
+    activation_function=("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    layer_norm_epsilon=(1e-5,),
+    scale_attn_weights=(True,),
+    scale_attn_by_inverse_layer_idx=(False,),
+)
+
+
+def quiet_transformers():
+    """Import transformers, only when it is needed: it takes seconds, and training does without."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def turn(weights: dict) -> dict:
+    """Turn the matrices from OpenAI's (in, out) to nn.Linear's (out, in), or back."""
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {k: w.t() if k.endswith(turned) else w for k, w in weights.items()}
+
+
+def vocabulary() -> dict[str, int]:
+    """GPT-2's tokens by their names in transformers' files -> their ids."""
+    names = [*byte_characters(), *map("".join, merges()), "<|endoftext|>"]
+    return {name: i for i, name in enumerate(names)}
+
+
+def check_folder(folder: Path) -> None:
+    """Check what transformers does not: the tokenizer, and a head of the model's own.
+
+    Raises UserError, or other errors if the files are damaged.
+    """
+    from safetensors import safe_open
+
+    if not list(folder.glob("*.safetensors")) and (folder / "pytorch_model.bin").exists():
+        load = f"from transformers import GPT2LMHeadModel as M; M.from_pretrained('{folder}')"
+        hint = f"convert it: python -c \"{load}.save_pretrained('{folder}')\""
+        raise UserError(f"{folder} has pytorch_model.bin, but no model.safetensors; {hint}")
+    tokens = vocabulary()
+    if (folder / "vocab.json").exists():
+        tokens = json.loads((folder / "vocab.json").read_text("utf-8"))
+    elif (folder / "tokenizer.json").exists():
+        tokens = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    if not vocabulary().items() <= tokens.items():
+        raise UserError(f"{folder} does not use GPT-2's tokenizer, and this project has no other")
+    tied = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                if name.endswith(("wte.weight", "lm_head.weight")):
+                    tied.append(file.get_tensor(name))
+    if any(not torch.equal(tied[0], other) for other in tied[1:]):
+        raise UserError(f"{folder} is not a plain GPT-2: its lm_head.weight is not its wte.weight")
+
+
+def read(name_or_folder: str) -> tuple[dict, dict]:
+    """Read a published model or a folder -> its sizes, as GPTConfig names them, and its weights.
+
+    Raises UserError if that fails, or if it is not a plain GPT-2.
+    """
+    transformers = quiet_transformers()
+    with explain(f"cannot load GPT-2 weights from {name_or_folder}"):
+        if Path(name_or_folder).is_dir():
+            check_folder(Path(name_or_folder))
+        # From safetensors: unlike a pickle, such a file cannot hold code.
+        options = dict(use_safetensors=True, output_loading_info=True, dtype=torch.float32)
+        theirs, info = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)
+    c = theirs.config
+    odd = [name for name, values in PLAIN.items() if getattr(c, name) not in values]
+    odd += ["n_inner"] if c.n_inner not in (None, 4 * c.n_embd) else []
+    odd += sorted(info["missing_keys"])  # transformers has drawn these weights at random
+    if odd:
+        raise UserError(f"{name_or_folder} is not a plain GPT-2: look at its {odd[0]}")
+    if c.vocab_size < VOCAB_SIZE:
+        what = f"{name_or_folder} has {c.vocab_size:,} tokens, where GPT-2 has {VOCAB_SIZE:,}"
+        raise UserError(f"{what}: it does not use GPT-2's tokenizer")
+    sizes = dict(seq_len=c.n_positions, vocab_size=c.vocab_size)
+    sizes |= dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+    return sizes, turn(theirs.state_dict())
+
+
+def write(folder: str | Path, sizes: dict, weights: dict) -> None:
+    """Write weights, without padded rows, and the tokenizer, as transformers reads them.
+
+    Raises UserError if the folder cannot be written, or has files in it.
+    """
+    transformers = quiet_transformers()
+    folder = Path(folder)
+    with explain(f"{folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} has files in it; give the name of a new folder")
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB_SIZE,
+            n_positions=sizes["seq_len"],
+            n_layer=sizes["n_layer"],
+            n_head=sizes["n_head"],
+            n_embd=sizes["n_embd"],
+        )
+        theirs = transformers.GPT2LMHeadModel(config)
+        weights = turn(weights)
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            weights[name] = weights[name][:VOCAB_SIZE]
+        theirs.load_state_dict(weights)
+        theirs.save_pretrained(folder)
+        pairs = [tuple(pair) for pair in merges()]
+        tokenizer = transformers.GPT2TokenizerFast(vocab=vocabulary(), merges=pairs)
+        tokenizer.model_max_length = sizes["seq_len"]
+        tokenizer.save_pretrained(folder)
+        (folder / "vocab.json").write_text(json.dumps(vocabulary()), "utf-8")  # for older programs
+        shutil.copyfile(VOCAB_BPE, folder / "merges.txt")
