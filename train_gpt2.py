@@ -23,8 +23,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +34,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from support import checkpoint, machine, published, shards
+from support import checkpoint, machine, published
 from support.command import UserError, explain, merge, parse_flags, run_command, say, setting
+from support.log import Log, describe_run
+from support.shards import (
+    END_OF_TEXT,
+    VOCAB_SIZE,
+    encode,
+    gpt2_tokenizer,
+    list_shards,
+    open_data,
+    token_bytes,
+)
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network (0:13:47 the nn.Module; 0:28:08 published parameters; 0:52:53 cross entropy;
@@ -182,7 +191,7 @@ class GPT(nn.Module):
 
         The padded ids are cut off: they stand for no text.
         """
-        return self.lm_head(x)[..., : shards.VOCAB_SIZE].float()
+        return self.lm_head(x)[..., :VOCAB_SIZE].float()
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats.
@@ -307,9 +316,9 @@ class TrainConfig(GPTConfig):
                 raise UserError(f"--{name} {value}: it must be finite and at least {least}")
         if self.eval_only and (self.resume or not self.init_from):
             raise UserError("--eval_only needs --init_from and does not go with --resume")
-        if self.vocab_size < shards.VOCAB_SIZE:
+        if self.vocab_size < VOCAB_SIZE:
             what = f"--vocab_size {self.vocab_size} is less than GPT-2's tokens"
-            raise UserError(f"{what}; try {shards.VOCAB_SIZE}")
+            raise UserError(f"{what}; try {VOCAB_SIZE}")
         if self.n_embd % self.n_head:
             what = f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}"
             raise UserError(f"{what}; try {math.gcd(self.n_embd, self.n_head)}")
@@ -341,7 +350,7 @@ FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # or these in a
 def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfig:
     """Merge all settings; flags may not contradict the `fixed` ones among those loaded."""
     given = flags.get("preset") or loaded.get("preset")
-    guess = "gpt2" if shards.list_shards(HERE / "edu_fineweb10B", "train") else "demo"
+    guess = "gpt2" if list_shards(HERE / "edu_fineweb10B", "train") else "demo"
     preset = given or guess
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
@@ -512,7 +521,7 @@ class DataLoaderLite:
         # 1 + shard, because numpy takes (seed, epoch, 0) for the same seed as (seed, epoch).
         first = self.order(self.counts[shard], epoch, 1 + shard)[g] * self.seq_len
         tokens = self.shards[shard][first : first + self.seq_len + 1]
-        if tokens.max() >= shards.VOCAB_SIZE:
+        if tokens.max() >= VOCAB_SIZE:
             name = getattr(self.shards[shard], "filename", "the text")
             what = f"{name} holds id {tokens.max()}, which is not one of GPT-2's tokens"
             raise UserError(f"{what}; make it again")
@@ -522,13 +531,13 @@ class DataLoaderLite:
         """The sequences with these numbers -> (count, T + 1) int64."""
         return torch.from_numpy(np.stack([self.sequence(g) for g in numbers]).astype(np.int64))
 
-    def batch(self, batch_tokens: int, micro_batch: int, runtime: Runtime, step: int):
+    def batch(self, step: int, config: TrainConfig, runtime: Runtime) -> torch.Tensor:
         """This rank's part of a step -> (micro-steps, B, T + 1) int64.
 
         A step has N = batch_tokens / T sequences, and step s starts at s N. Micro-step m of rank r
         takes B of them, from offset (m world + r) B.
         """
-        N, B = batch_tokens // self.seq_len, micro_batch
+        N, B = config.batch_tokens // self.seq_len, config.micro_batch
         starts = range(step * N + runtime.rank * B, (step + 1) * N, runtime.world * B)
         return torch.stack([self.sequences(range(g, g + B)) for g in starts])
 
@@ -602,59 +611,58 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # machine.py works out which micro-batch fits: 64 x 1024 tokens of GPT-2 (124M) take 32 GB compiled.
 
 
-def train_step(ddp, optimizers, scaler, batch, lr, stop, config, runtime):
+class TrainState:
+    """What training changes and a checkpoint keeps: model, optimizers, and float16's loss scale."""
+
+    def __init__(self, model: GPT, config: TrainConfig, runtime: Runtime):
+        self.model = model
+        self.optimizers = make_optimizers(model, config)
+        float16 = runtime.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=float16)
+        # Only the step calls the wrapper: no "module." in names, and one rank can sample alone.
+        self.ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
+
+    def parts(self) -> dict:
+        """Everything that has a state_dict(), by its name in a checkpoint."""
+        optimizers = {type(optimizer).__name__: optimizer for optimizer in self.optimizers}
+        return {"model": self.model, "scaler": self.scaler, **optimizers}
+
+
+def train_step(state, batch, lr, stop, config, runtime) -> tuple[float, float, bool]:
     """One step -> the mean loss of the whole batch, the gradient's norm before clipping, and
     whether any rank wants to stop.
 
-    `ddp` is the model, wrapped in DistributedDataParallel if there are several ranks. If the loss
-    or the norm is not finite, the update is skipped: it would destroy the weights.
+    If the loss or the norm is not finite, the update is skipped: it would destroy the weights.
     """
+    scaler = state.scaler
     inputs, targets = batch[..., :-1], batch[..., 1:]  # (micro-steps, B, T) each
-    total = 0.0
-    for m, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-        # DDP averages the gradients during backward: once per step, at the last micro-step.
-        average = runtime.world == 1 or m == len(inputs) - 1
-        with nullcontext() if average else ddp.no_sync():
+    mean_loss = 0.0
+    for m in range(len(batch)):
+        # DDP averages the gradients during backward. Only their sum over the micro-steps is needed,
+        # so all but the last one skip that (no_sync): otherwise each would send all gradients.
+        average = runtime.world == 1 or m == len(batch) - 1
+        with nullcontext() if average else state.ddp.no_sync():
             with runtime.autocast():
-                loss = ddp(x, y) / len(inputs)  # so the sum over micro-steps is the batch's mean
+                loss = state.ddp(inputs[m], targets[m]) / len(batch)  # their sum is the mean
             scaler.scale(loss).backward()
-        total += loss.detach()
-    for optimizer in optimizers:
+        mean_loss += loss.detach()
+    for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
-    # One bad batch should not throw the model off, so the gradient's norm is capped.
-    norm = nn.utils.clip_grad_norm_(ddp.parameters(), config.grad_clip or math.inf)
-    # Until here Python has only queued work. Now it asks for numbers and waits until the GPU has
-    # them. Timing a step needs no torch.cuda.synchronize, and nothing else in a step waits.
-    loss, norm, stops = runtime.sum(total, norm, bool(stop))
-    loss, norm = loss / runtime.world, norm / runtime.world
-    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
+    # One bad batch should not throw the model off, so the gradient's norm is capped.
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+    # Until here Python has only queued work. Now it asks for numbers and waits until the GPU has
+    # them. Timing a step needs no torch.cuda.synchronize, and nothing else in a step waits.
+    loss, norm, stops = runtime.sum(mean_loss, norm, bool(stop))
+    loss, norm = loss / runtime.world, norm / runtime.world
+    for optimizer in state.optimizers:
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
         # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
         optimizer.zero_grad(set_to_none=runtime.world == 1)
     scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
     return loss, norm, stops > 0
-
-
-def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runtime) -> None:
-    """Record a step that took `seconds`. Print about one per second, with the time left."""
-    speed = config.batch_tokens / seconds
-    flops = model.flops_per_token(config.seq_len) * speed / runtime.world
-    peak = machine.peak_flops(runtime.device)
-    mfu = flops / peak if peak else None  # model FLOPs utilization
-    grad_norm = norm if math.isfinite(norm) else None  # JSON has no infinity
-    timing = dict(step_ms=1000 * seconds, tokens_per_second=speed, mfu=mfu)
-    records.write("train", step=step, loss=loss, lr=lr, grad_norm=grad_norm, **timing)
-    now = time.perf_counter()
-    if int(now) > int(now - seconds) or step in (0, steps - 1):
-        left = timedelta(seconds=round(seconds * (steps - step - 1)))  # without evaluations
-        line = f"step {step:5d}/{steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
-        line += f" | {1000 * seconds:.0f} ms | {speed:,.0f} tokens/s"
-        line += f" | mfu {mfu:.1%}" if mfu else ""
-        line += f" | {left} left" if step else ""  # the first step may include compiling
-        say(line)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -667,45 +675,32 @@ def show_step(step, steps, seconds, loss, lr, norm, model, config, records, runt
 
 
 @torch.no_grad()
-def validation_loss(model, loader, config, micro_batch, runtime) -> tuple[float, float]:
+def validation_loss(model, loader, config, runtime) -> tuple[float, float]:
     """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte. The
     tokens are the same for any batch and number of ranks, so any two runs can be compared."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0
-    for first in range(runtime.rank * micro_batch, end, runtime.world * micro_batch):
-        rows = loader.sequences(range(first, min(first + micro_batch, end)))
-        text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
+    B = config.micro_batch
+    for first in range(runtime.rank * B, end, runtime.world * B):
+        rows = loader.sequences(range(first, min(first + B, end)))  # (B, T + 1)
+        text_bytes += int(token_bytes()[rows[:, 1:].numpy()].sum())
         count += rows[:, 1:].numel()
         rows = runtime.to_device(rows)
-        forward = model if len(rows) == micro_batch else model.forward  # do not recompile
+        # torch.compile would compile again for a shorter batch, and model.forward bypasses it.
+        forward = model if len(rows) == B else model.forward
         with runtime.autocast():
             nats += forward(rows[:, :-1], rows[:, 1:]) * rows[:, 1:].numel()
     nats, count, text_bytes = runtime.sum(nats, count, text_bytes)
     return nats / count, nats / math.log(2) / max(text_bytes, 1)
 
 
-def show_validation(step, model, loader, config, micro_batch, records, runtime) -> None:
-    loss, bits = validation_loss(model, loader, config, micro_batch, runtime)
-    if records:
-        records.write("val", step=step, loss=loss, bits_per_byte=bits)
-    say(f"step {step:5d} | validation loss {loss:.4f} | {bits:.4f} bits per byte")
-
-
-def show_samples(step, model, config, records, runtime, max_new_tokens=32) -> None:
-    """Rank 0 continues --prompt four times, seeded by --seed + step."""
-    if runtime.rank > 0:
-        return
-    tokenizer = shards.gpt2_tokenizer()
-    prompt = shards.encode(config.prompt, end_of_text=True).tolist() or [shards.END_OF_TEXT]
+def sample_texts(model, config, step, max_new_tokens, runtime) -> list[str]:
+    """Continue --prompt four times, seeded by --seed + step."""
+    prompt = encode(config.prompt, end_of_text=True).tolist() or [END_OF_TEXT]
     with runtime.autocast():
-        tokens = generate(model, prompt, max_new_tokens, seed=config.seed + step)
-    texts = [tokenizer.decode(row) for row in tokens.tolist()]
-    if records:
-        records.write("sample", step=step, texts=texts)
-    for text in texts:
-        say(f"--- sample at step {step}\n{text}")
-    say("---")
+        rows = generate(model, prompt, max_new_tokens, seed=config.seed + step).tolist()
+    return [gpt2_tokenizer().decode(row) for row in rows]
 
 
 def load_hellaswag(runtime) -> list[hellaswag.Example]:
@@ -716,12 +711,12 @@ def load_hellaswag(runtime) -> list[hellaswag.Example]:
     return hellaswag.load_examples()
 
 
-def show_hellaswag(step, model, examples, records, runtime) -> None:
+def hellaswag_scores(model, examples, runtime) -> hellaswag.Scores:
+    """Each ending is appended to its context. Its score is the mean log-probability of its own
+    tokens; the best of four is the answer. Each rank scores its share of the examples."""
     with runtime.autocast():
         counts = hellaswag.count_right(model, examples[runtime.rank :: runtime.world])
-    scores = hellaswag.Scores(*runtime.sum(*counts))
-    records.write("hellaswag", step=step, acc=scores.acc, acc_norm=scores.acc_norm)
-    say(f"step {step:5d} | {scores}")
+    return hellaswag.Scores(*runtime.sum(*counts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -767,76 +762,89 @@ def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
     return config, GPT(config.network()), None
 
 
+def evaluate_only(config, model, loader, runtime) -> None:
+    """--eval_only: print the validation loss and samples."""
+    config = replace(config, micro_batch=config.micro_batch or 8)
+    loss, bits = validation_loss(model, loader, config, runtime)
+    say(f"validation loss {loss:.4f} | {bits:.4f} bits per byte")
+    say("\n---\n".join(sample_texts(model, config, 0, 64, runtime)))
+
+
 def main(argv: list[str] | None = None) -> None:
     # What to train, on what, and where.
     config, model, saved = settle(parse_flags(TrainConfig, __doc__, argv))
     runtime = Runtime(config.device, config.dtype)
-
-    # The data and the model.
-    train_shards, val_shards = shards.open_data(config.data)
-    val_loader = DataLoaderLite(val_shards, config.seq_len, None, config.data)
+    first = saved["step"] if saved else 0
+    if runtime.least(first) != -runtime.least(-first):  # the smallest and the largest of them
+        raise UserError("the ranks found different checkpoints; they must share one --out_dir")
+    train_shards, val_shards = open_data(config.data)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
+    val_loader = DataLoaderLite(val_shards, config.seq_len, None, config.data)
     model.to(runtime.device)
     if config.eval_only:
-        show_validation(0, model, val_loader, config, 8, None, runtime)
-        show_samples(0, model, config, None, runtime, max_new_tokens=64)
+        evaluate_only(config, model.eval(), val_loader, runtime)
         return runtime.close()
     examples = load_hellaswag(runtime) if config.hellaswag_every else []
+    steps = count_steps(config, loader.epoch_sequences)
+
+    # What trains it, and what the run leaves behind.
     compiled = machine.can_compile(config.compile, runtime.device)
     if compiled:  # only model(x); model.forward(x) and model.hidden(x) stay eager
         model.compile(dynamic=False)
-    micro_batch = machine.choose_micro_batch(config, model, compiled, runtime.dtype, runtime.world)
-    micro_batch = runtime.least(micro_batch)  # a rank may have less free memory
-    steps = count_steps(config, loader.epoch_sequences)
-
-    # What trains it, and what it leaves behind.
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
-    header = checkpoint.describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
-    parts = {"model": model, "scaler": scaler, **{type(o).__name__: o for o in optimizers}}
-    saver = checkpoint.Saver(parts, header, runtime)
-    first = saver.restore(saved, steps)
-    saved = None  # free its 1.5 GB
-    records = checkpoint.Records(first, header, runtime)
+    fits = machine.choose_micro_batch(config, model, compiled, runtime.dtype, runtime.world)
+    fits = runtime.least(fits)  # another rank may have less free memory
+    header = describe_run(config, steps, model, compiled, fits, loader, runtime)
+    config = replace(config, micro_batch=fits)
+    state = TrainState(model, config, runtime)
+    saver = checkpoint.Saver(state.parts(), header, runtime.rank)
+    if saved:
+        saver.restore(saved, steps)
+    log = Log(config.out_dir, first, steps, header, runtime.rank)
     stop = checkpoint.Stop()
-    # Only the training step uses the wrapper: no "module." in keys, and one rank can sample alone.
-    ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
-    batches = functools.partial(loader.batch, config.batch_tokens, micro_batch, runtime)
+    peak = machine.peak_flops(runtime.device, runtime.dtype)  # None if it is not known
     reader = ThreadPoolExecutor(1)  # reads the next batch while the GPU computes
-    ahead = reader.submit(batches, first)
+    ahead = reader.submit(loader.batch, first, config, runtime)
     stopped = False
-    with machine.one_line_if_out_of_memory(micro_batch):
-        for step in range(first, steps + 1):  # `step` updates are done
-            if stopped:
-                break
-            if due(config.checkpoint_every, step, steps):
-                saver.save(step)
-            if due(config.val_every, step, steps):
-                show_validation(step, model, val_loader, config, micro_batch, records, runtime)
-            if due(config.hellaswag_every, step, steps):
-                show_hellaswag(step, model, examples, records, runtime)
-            if due(config.sample_every, step, steps):
-                show_samples(step, model, config, records, runtime)
-            if step == steps:
-                break
-            began = time.perf_counter()
-            batch = runtime.to_device(ahead.result())
-            ahead = reader.submit(batches, step + 1)
-            seen = (step + 1) * config.batch_tokens
-            lr = learning_rate(seen, steps * config.batch_tokens, config)
-            loss, norm, stopped = train_step(
-                ddp, optimizers, scaler, batch, lr, stop, config, runtime
-            )
-            # In float16 the norm may overflow, and the scale is halved. It is 1 in other dtypes.
-            if not math.isfinite(loss) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
-                raise saver.diverged(step, loss, norm)
-            seconds = time.perf_counter() - began
-            show_step(step, steps, seconds, loss, lr, norm, model, config, records, runtime)
+
+    for step in range(first, steps + 1):  # `step` updates are done
+        if stopped:
+            break
+        model.eval()
+        if due(config.checkpoint_every, step, steps):
+            saver.save(step)
+        if due(config.val_every, step, steps):
+            loss, bits = validation_loss(model, val_loader, config, runtime)
+            log("val", step, loss=loss, bits_per_byte=bits)
+        if due(config.hellaswag_every, step, steps):
+            scores = hellaswag_scores(model, examples, runtime)
+            log("hellaswag", step, acc=scores.acc, acc_norm=scores.acc_norm)
+        if due(config.sample_every, step, steps) and runtime.rank == 0:
+            log("sample", step, texts=sample_texts(model, config, step, 32, runtime))
+        if step == steps:
+            break
+
+        model.train()
+        began = time.perf_counter()
+        batch = runtime.to_device(ahead.result())
+        ahead = reader.submit(loader.batch, step + 1, config, runtime)
+        seen = (step + 1) * config.batch_tokens
+        lr = learning_rate(seen, steps * config.batch_tokens, config)
+        loss, norm, stopped = train_step(state, batch, lr, stop, config, runtime)
+        # In float16 the norm may overflow, and the scale is halved. It is 1 in other dtypes.
+        if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
+            raise saver.diverged(step, loss, norm)
+        seconds = time.perf_counter() - began
+        speed = config.batch_tokens / seconds
+        flops = model.flops_per_token(config.seq_len) * speed / runtime.world
+        values = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
+        log("train", step, **values, tokens_per_second=speed, mfu=flops / peak if peak else None)
+
     saver.close(step)
+    log.close()
     if stopped:
         say(f"stopped by {stop.signal or 'signal'} after step {step}; --resume continues")
     runtime.close()
 
 
 if __name__ == "__main__":
-    run_command("train_gpt2.py", main)
+    run_command("train_gpt2.py", main, "try half the --micro_batch that the first lines name")

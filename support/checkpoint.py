@@ -1,7 +1,5 @@
-"""What a run leaves behind in --out_dir, and how it continues after an interruption.
+"""The checkpoints in --out_dir, and how a run continues from one after an interruption.
 
-    metrics.jsonl            one JSON object per line: a header, which says how to repeat the run,
-                             then lines of kind train, val, hellaswag, sample and resume
     checkpoint_0000250.pt    everything after 250 steps: weights, optimizer, settings
 
 `--resume` continues from the newest whole checkpoint. README.md ("When something goes wrong") says
@@ -13,86 +11,16 @@ torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,S
 After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
 """
 
-import dataclasses
-import json
-import math
 import os
-import platform
-import shlex
 import signal
-import subprocess
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from support import machine
 from support.command import UserError, explain, first_line, say
 from support.files import whole_file
-
-
-def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -> dict:
-    """Print a summary, and return all that is needed to repeat the run: the header of its files."""
-    count = sum(p.numel() for p in model.parameters())
-    warmup = math.ceil(config.warmup_tokens / config.batch_tokens)
-    dtype = str(runtime.dtype).removeprefix("torch.")
-    say(
-        f"{count:,} parameters, {'compiled' if compiled else 'eager'}, on"
-        f" {runtime.world} x {runtime.device_type} in {dtype}\n"
-        f"{steps:,} steps of {config.batch_tokens:,} tokens ({warmup:,} of warmup),"
-        f" {micro_batch} sequences of {config.seq_len} at a time"
-    )
-    options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
-    git = subprocess.run("git describe --always --dirty", **options, check=False)
-    name = machine.device_name(runtime.device)
-    return dict(
-        command=shlex.join(sys.argv),
-        settings=dataclasses.asdict(config),
-        network=dataclasses.asdict(model.config),
-        compiled=compiled,
-        micro_batch=micro_batch,
-        epoch_sequences=loader.epoch_sequences,  # a resumed run must find the same data
-        versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
-        device=dict(kind=runtime.device_type, name=name, processes=runtime.world),
-        dtype=dtype,
-        revision=git.stdout.strip() or None,  # None without git or a repository
-    )
-
-
-class Records:
-    """metrics.jsonl. Rank 0 writes it; on the other ranks nothing happens.
-
-    A run that resumes at step `first` drops the records from there on, so each step occurs once.
-    """
-
-    def __init__(self, first: int, header: dict, runtime):
-        self.file = None
-        if runtime.rank > 0:
-            return
-        path = Path(header["settings"]["out_dir"]) / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() and first else []
-        with explain(f"{path} cannot be written"), whole_file(path) as file:
-            file.writelines(line for line in lines if step_recorded(line) < first)
-        self.file = open(path, "ab", buffering=2**20)
-        self.write("resume" if first else "header", step=first, **header)
-
-    def write(self, kind: str, **values) -> None:
-        if self.file:
-            try:
-                self.file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
-                self.file.flush()
-            except OSError:  # the disk is full: the buffer keeps the line for the next flush
-                pass
-
-
-def step_recorded(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinity if a power cut has damaged it."""
-    try:
-        return json.loads(line).get("step", 0) if line.endswith(b"\n") else math.inf
-    except (ValueError, AttributeError):
-        return math.inf
 
 
 def files(path: Path) -> list[Path]:
@@ -106,7 +34,8 @@ def read(path: Path) -> dict:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not check the checksums
                 raise ValueError("its checksums are wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Memory-mapped: ranks on one machine share the memory of what they read.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not {"step", "network", "settings", "model"} <= content.keys():
             raise ValueError("it lacks some of what a checkpoint has")
         return content
@@ -148,56 +77,51 @@ class Saver:
     Rank 0 copies the state, and a thread writes it: training waits only for the copy, or for the
     previous write if it is not finished. A failed write is reported and does not stop the run.
     `parts` are objects with state_dict() and load_state_dict(), by name; one of them is the model.
-    There are no random states to save: without dropout, training draws no random numbers. (With
-    it, seed torch from --seed, the step and the rank before each step.)
+    There are no random states to save: each step seeds torch from --seed, the step and the rank.
     """
 
-    def __init__(self, parts: dict, header: dict, runtime):
+    def __init__(self, parts: dict, header: dict, rank: int):
         self.parts = parts
         self.header = header
-        self.runtime = runtime
+        self.rank = rank
         self.folder = Path(header["settings"]["out_dir"])
         self.saved = 0  # the step of the newest checkpoint
         self.thread = ThreadPoolExecutor(1)
         self.writing = self.thread.submit(str)  # the latest write; its result is its error, or ""
+        if rank > 0:
+            return
         with explain(f"--out_dir {self.folder} cannot be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
         holds_run = (self.folder / "metrics.jsonl").exists() or files(self.folder)
         if holds_run and not header["settings"]["resume"]:
             raise UserError(f"{self.folder} already holds a run; add --resume or change --out_dir")
-        if runtime.rank == 0:
-            for partial in self.folder.glob("*.tmp"):  # a killed run left it
+        for name in ("checkpoint_*.pt", "metrics.jsonl"):
+            for partial in self.folder.glob(f"{name}.*.tmp"):  # a killed run left it
                 partial.unlink()
 
-    def restore(self, saved: dict | None, steps: int) -> int:
-        """Put every part into the state of a checkpoint -> its step; 0 without a checkpoint.
+    def restore(self, saved: dict, steps: int) -> None:
+        """Put every part into the state of a checkpoint.
 
         Raises UserError if the checkpoint does not fit this run.
         """
-        if saved:
-            if saved["epoch_sequences"] != self.header["epoch_sequences"]:
-                raise UserError("the training data has changed since the checkpoint")
-            if saved["step"] > steps:
-                what = f"the checkpoint is from step {saved['step']}"
-                raise UserError(f"{what}, but this run ends at step {steps}; raise --max_steps")
-            for name, part in self.parts.items():
-                state = saved[name]
-                if "param_groups" in state:  # the current settings win
-                    state["param_groups"] = part.state_dict()["param_groups"]
-                if state:  # a scaler that was not in use has none
-                    part.load_state_dict(state)
-            changed = sorted(self.header["settings"].items() - saved["settings"].items())
-            if changed:
-                say(f"changed on --resume: {dict(changed)}")
-            self.saved = saved["step"]
-        world = self.runtime.world
-        sums = self.runtime.sum(self.saved, self.saved**2)  # the mean alone could agree by chance
-        if world > 1 and sums != [self.saved * world, self.saved**2 * world]:
-            raise UserError("the ranks found different checkpoints; they must share one --out_dir")
-        return self.saved
+        if saved["epoch_sequences"] != self.header["epoch_sequences"]:
+            raise UserError("the training data has changed since the checkpoint")
+        if saved["step"] > steps:
+            what = f"the checkpoint is from step {saved['step']}"
+            raise UserError(f"{what}, but this run ends at step {steps}; raise --max_steps")
+        for name, part in self.parts.items():
+            state = saved[name]
+            if "param_groups" in state:  # the current settings win
+                state["param_groups"] = part.state_dict()["param_groups"]
+            if state:  # a scaler that was not in use has none
+                part.load_state_dict(state)
+        changed = sorted(self.header["settings"].items() - saved["settings"].items())
+        if changed:
+            say(f"changed on --resume: {dict(changed)}")
+        self.saved = saved["step"]
 
     def save(self, step: int) -> None:
-        if self.runtime.rank > 0 or step == self.saved:
+        if self.rank > 0 or step == self.saved:
             return
         self.saved = step
         self.writing.result()  # wait for the previous write

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
 import time
@@ -81,22 +82,34 @@ def merge(config_class: type, preset: dict, loaded: dict, flags: dict, fixed: tu
     return config_class(**{name: value for name, value in settings.items() if name in known})
 
 
-def run_command(name: str, main: Callable[[], None]) -> None:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, its compiler, cuBLAS or Triton ran out of memory: each has its own type."""
+    words = r"out ?of ?memory|ALLOC_FAILED|can't allocate memory"
+    return bool(re.search(words, f"{type(error).__name__}: {error}", re.IGNORECASE))
+
+
+def run_command(name: str, main: Callable[[], None], if_out_of_memory="") -> None:
     """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
     sys.stdout.reconfigure(errors="replace")  # Windows may write to a file in an old encoding
     try:
         main()
+        return
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
-    except (UserError, OSError) as error:
-        distributed = "RANK" in os.environ  # torchrun sets it
-        if distributed and os.environ["RANK"] != "0":
-            # Most errors reach every rank. Rank 0 reports them, and torchrun ends the others during
-            # this sleep, by SIGTERM. A rank that wakes up failed alone, and reports its own error.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        with contextlib.suppress(OSError):  # stderr may be on the disk that is full
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-        if distributed:
-            os._exit(2)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
-        sys.exit(2)
+    except UserError as error:
+        message = str(error)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory; {if_out_of_memory}"
+    distributed = "RANK" in os.environ  # torchrun sets it
+    if distributed and os.environ["RANK"] != "0":
+        # Most errors reach every rank. Rank 0 reports them, and torchrun ends the others during
+        # this sleep, by SIGTERM. A rank that wakes up failed alone, and reports its own error.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    with contextlib.suppress(OSError):  # stderr may be on the disk that is full
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if distributed:
+        os._exit(2)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
+    sys.exit(2)

@@ -6,7 +6,6 @@ train_gpt2.py asks these questions; the lecture has one machine and knows the an
 import ctypes
 import platform
 import re
-from contextlib import contextmanager
 
 import torch
 
@@ -48,8 +47,11 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """A device's operations per second by its data sheet; None if it is not in PEAK_TFLOPS."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """A device's operations per second by its data sheet; None if it is not in PEAK_TFLOPS, or in
+    float32, which has another peak."""
+    if dtype == torch.float32:
+        return None
     this = device_name(device)
     for name, tflops in PEAK_TFLOPS.items():
         if re.search(rf"\b{name}\b", this):
@@ -148,22 +150,3 @@ def choose_micro_batch(config, model, compiled: bool, dtype: torch.dtype, world:
         if tokens <= 65536 and need <= free:
             best = n
     return best
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, its compiler, cuBLAS or Triton ran out of memory: each has its own type."""
-    words = r"out ?of ?memory|ALLOC_FAILED|can't allocate memory"
-    return bool(re.search(words, f"{type(error).__name__}: {error}", re.IGNORECASE))
-
-
-@contextmanager
-def one_line_if_out_of_memory(micro_batch: int):
-    """Turn any out-of-memory error into a UserError that names the next smaller micro-batch."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        smaller = [n for n in range(1, micro_batch) if micro_batch % n == 0]
-        hint = f"try --micro_batch {smaller[-1]}" if smaller else "try a smaller --seq_len"
-        raise UserError(f"out of memory with --micro_batch {micro_batch}; {hint}") from None
