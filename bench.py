@@ -139,12 +139,12 @@ def measure_rung(rung: str, args) -> dict:
         ms=1000 * seconds,
         micro_batch=config.micro_batch,
         seq_len=config.seq_len,
-        flops_per_token=model.flops_per_token(config.seq_len),
+        flops_per_token=machine.flops_per_token(model, config.seq_len),
         memory=peak_memory(runtime),
         device=machine.device_name(runtime.device),
         device_type=runtime.device_type,
         dtype=str(runtime.dtype).removeprefix("torch."),
-        published_peak=machine.peak_flops(runtime.device),
+        published_peak=machine.peak_flops(runtime.device, runtime.dtype),
     )
 
 

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     add("model", metavar="MODEL", help="an --out_dir, a checkpoint, or a published name")
     add("folder", metavar="FOLDER", help="the folder to write; it must be new or empty")
     args = parser.parse_args(argv)
-    model = load_model(args.model)
+    model, _ = load_model(args.model)
     published.write(args.folder, dataclasses.asdict(model.config), model.state_dict())
     say(f'wrote {args.folder}; try: pipeline("text-generation", "{args.folder}")("Once")')
 

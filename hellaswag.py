@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     kinds = "gpt2[-medium, -large, -xl], a checkpoint, an --out_dir or a transformers folder"
     add("--model", default="gpt2", help=f"model to score: {kinds} (default: gpt2)")
-    add("--data", metavar="FILE", help="score the records in FILE, any number of them")
+    add("--data", type=Path, metavar="FILE", help="score the records in FILE, any number of them")
     add("--split", choices=list(RECORDS), default="val", help="part of HellaSwag (default: val)")
     add("--limit", metavar="N", type=int, help="score only the first N records")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
@@ -184,12 +184,21 @@ def render(record: dict, harness: bool = False) -> Example:
     return Example(context, tokens, lengths, int(record["label"]))
 
 
-def load_examples(path=None, split="val", harness=False) -> list[Example]:
-    """Load the records of the file at `path`, or of HellaSwag's `split`. Raises UserError."""
-    file = Path(path or path_of(split))
-    with explain(f"{file} cannot be read"):
-        content = file.read_bytes()
-    return [render(r, harness) for r in parse(content, str(file), None if path else RECORDS[split])]
+def load_examples(downloads=True, wait=None, split="val", harness=False) -> list[Example]:
+    """Load a split of HellaSwag. Of several processes, one `downloads` the file, if it is not here,
+    and all `wait` for it. Raises UserError."""
+    if downloads:
+        download(split)
+    if wait:
+        wait()
+    return read_examples(path_of(split), RECORDS[split], harness)
+
+
+def read_examples(path: Path, count: int | None = None, harness=False) -> list[Example]:
+    """Read the records of a file, `count` of them or any number. Raises UserError."""
+    with explain(f"{path} cannot be read"):
+        content = path.read_bytes()
+    return [render(record, harness) for record in parse(content, str(path), count)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,11 +324,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     runtime = train_gpt2.Runtime(args.device, "float32")
     torch.set_float32_matmul_precision("highest")  # TF32 would change close choices
-    if args.data is None and runtime.local_rank == 0:
-        download(args.split)
-    runtime.barrier()
-    examples = load_examples(args.data, args.split, args.harness)[: args.limit]
-    model = train_gpt2.load_model(args.model).to(runtime.device)
+    if args.data:
+        examples = read_examples(args.data, None, args.harness)
+    else:
+        here = (runtime.local_rank == 0, runtime.barrier)
+        examples = load_examples(*here, args.split, args.harness)
+    examples = examples[: args.limit]
+    model = train_gpt2.load_model(args.model)[0].to(runtime.device)
     for example in examples[: args.show]:
         show(model, example)
     mine = examples[runtime.rank :: runtime.world]
@@ -333,4 +344,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command("hellaswag.py", main)
+    run_command("hellaswag.py", main, "try --device cpu")

@@ -1,14 +1,14 @@
 """Reproduce GPT-2 (124M) in one script: the model, the data, the optimizer and the training run.
 
 It follows the lecture "Let's reproduce GPT-2 (124M)" (https://www.youtube.com/watch?v=l8pRSuU81PU).
-Read it from top to bottom: each section uses only what comes before it, and its banner names the
-chapters of the lecture that it covers.
+Read it from top to bottom: each section uses only what comes before it, but for the names imported
+from support/, and its banner names the chapters of the lecture that it covers.
 
     python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
     python train_gpt2.py --preset gpt2                      # one GPU (15 hours on an A100)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs
-    python train_gpt2.py --init_from log --eval_only --prompt "Once upon a time"
+    python sample.py --model log --prompt "Once upon a time"  # what a run has learned
 
 Contents: 1. the network, 2. sampling, 3. settings, 4. the machine, 5. the data, 6. the optimizer
 and its schedule, 7. the training step, 8. evaluation, 9. the run.
@@ -34,18 +34,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from support import checkpoint, machine, published
-from support.command import UserError, explain, merge, parse_flags, run_command, say, setting
+from support import checkpoint, machine, muon, published, shards
+from support.command import UserError, merge, parse_flags, run_command, say, setting
 from support.log import Log, describe_run
-from support.shards import (
-    END_OF_TEXT,
-    VOCAB_SIZE,
-    encode,
-    gpt2_tokenizer,
-    list_shards,
-    open_data,
-    token_bytes,
-)
+
+HERE = Path(__file__).parent
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network (0:13:47 the nn.Module; 0:28:08 published parameters; 0:52:53 cross entropy;
@@ -66,18 +59,15 @@ from support.shards import (
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of the model. The defaults are GPT-2 (124M): GPT-2 paper, table 2; GPT-2's code.
+    """The model's sizes; each is a flag. The defaults are GPT-2 (124M): GPT-2 paper, table 2."""
 
-    A size is a setting like those of section 3, so each of them is a flag of the command.
-    """
-
-    seq_len: int = setting(1024, "tokens per sequence")  # T: how far back the model can look
+    seq_len: int = setting(1024, "tokens per sequence", least=1)  # T: how far the model looks back
     # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128: tensor cores load 8 numbers (16 bytes) at a
     # time, and rows of an odd length never line up with that, so slower kernels have to step in.
-    vocab_size: int = setting(50304, "tokens that the model knows, padding included")
-    n_layer: int = setting(12, "number of layers")  # L
-    n_head: int = setting(12, "attention heads per layer")  # H
-    n_embd: int = setting(768, "number of channels")  # C
+    vocab_size: int = setting(50304, "vocabulary, with padding", least=shards.VOCAB_SIZE)
+    n_layer: int = setting(12, "number of layers", least=1)  # L
+    n_head: int = setting(12, "attention heads per layer", least=1)  # H
+    n_embd: int = setting(768, "number of channels", least=1)  # C
 
 
 class CausalSelfAttention(nn.Module):
@@ -99,11 +89,13 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
         heads = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
         q, k, v = (z.view(heads).transpose(1, 2) for z in (q, k, v))  # (B, T, C) -> (B, H, T, D)
-        # softmax(q k^T / sqrt(D)) v, where no token sees a later one. A sum of D products grows
-        # like sqrt(D); dividing by it keeps the softmax soft. FlashAttention (2022) computes this
-        # block by block and never writes the (B, H, T, T) scores to memory.
+        # Written out: scores q k^T / sqrt(D), -inf above the diagonal, so that no token sees later
+        # ones, a softmax over each row, and that times v (plain_attention in bench.py). A sum of D
+        # products grows like sqrt(D); dividing by it keeps the softmax soft. FlashAttention (2022)
+        # computes this block by block and never writes the (B, H, T, T) scores to memory.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C): the heads side by side
+        return self.c_proj(y)  # mixes what the heads found: (B, T, C) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -136,8 +128,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: a decoder-only transformer with LayerNorm before each sublayer (GPT-2 paper, 2.3).
 
-    The parameters have the published checkpoint's names, so its weights load directly. There is no
-    dropout, so nothing here needs model.eval() and model.train().
+    The parameters have the published checkpoint's names, so its weights load directly.
     """
 
     def __init__(self, config: GPTConfig):
@@ -163,8 +154,9 @@ class GPT(nn.Module):
         """Initialize the weights from torch's global generator (see torch.manual_seed).
 
         weight                      standard deviation   why
-        of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C), which keeps
-                                                         a product's scale: 0.036 (124M), 0.025 (XL)
+        of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C), 0.036 for
+                                                         124M, so that a layer's output is about as
+                                                         large as its input
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add to the
                                                          stream, and its variance should not grow
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
@@ -175,7 +167,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # that is wte's
                 scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
                 module.weight.normal_(mean=0.0, std=0.02 * scale)
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
 
     def hidden(self, tokens):
@@ -191,7 +183,7 @@ class GPT(nn.Module):
 
         The padded ids are cut off: they stand for no text.
         """
-        return self.lm_head(x)[..., :VOCAB_SIZE].float()
+        return self.lm_head(x)[..., : shards.VOCAB_SIZE].float()
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats.
@@ -201,17 +193,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits
-        # In float32: a softmax over 50,304 logits needs more precision than bfloat16 has.
+        # A softmax over 50,304 logits needs float32. (Autocast would see to that by itself.)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Operations to train on one token ("PaLM", 2022, appendix B).
-
-        6 for each parameter but wpe's, which are only added, and 12 L C T for attention. GPT-2
-        (124M): 0.855 GFLOP, 448 TFLOP for 2^19 tokens; 8 A100s at half of 312 TFLOP/s take 360 ms.
-        """
-        weights = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
-        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * seq_len
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> "GPT":
@@ -236,40 +219,32 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def next_tokens(model: GPT, tokens, temperature: float, top_k: int, generator: torch.Generator):
-    """Draw a next token for each row: tokens (B, T) -> (B, 1)."""
-    x = model.hidden(tokens[:, -model.config.seq_len :])[:, -1]  # (B, T) -> (B, T, C) -> (B, C)
-    logits = model.logits(x) / temperature  # (B, C) -> (B, V)
-    logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K)
-    probabilities = logits.softmax(dim=1).cpu()
-    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, K) -> (B, 1)
-    return ids.gather(1, choice.to(ids.device))
-
-
-def generate(model, prompt, max_new_tokens, samples=4, temperature=1.0, top_k=50, seed=42):
+def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, seed=42, show=None):
     """Continue `prompt` (token ids, at least one) -> (samples, len(prompt) + max_new_tokens).
 
     Each token is one of the `top_k` most likely (top_k=1 is greedy decoding). A temperature below 1
-    makes likely tokens likelier. The generator is on the CPU, so the random numbers are the same on
-    every device.
+    makes likely tokens likelier. `show`, if given, is called with each new token of the samples.
+    The generator is on the CPU, so the random numbers are the same on every device.
     """
+    device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.tensor(prompt, device=model.lm_head.weight.device)
-    tokens = tokens.repeat(samples, 1)  # (T) -> (B, T)
+    tokens = torch.tensor(prompt, device=device).repeat(samples, 1)  # (T) -> (B, T)
     for _ in range(max_new_tokens):
-        new = next_tokens(model, tokens, temperature, top_k, generator)
-        tokens = torch.cat([tokens, new], dim=1)  # (B, T) and (B, 1) -> (B, T + 1)
+        x = model.hidden(tokens[:, -model.config.seq_len :])[:, -1]  # (B, T) -> (B, T, C) -> (B, C)
+        logits = model.logits(x) / temperature  # (B, C) -> (B, V)
+        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K)
+        choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
+        tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # -> (B, T + 1)
+        if show:
+            show(tokens[:, -1])
     return tokens
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
-# Every setting is one line: a default, a flag, its help and its source. First wins: a flag; what was
-# loaded (by --resume all settings, by --init_from the model's sizes); the preset; the default.
-
-
-HERE = Path(__file__).parent
+# Every setting is one line: a default, a flag, its help and its source. First wins: a flag; what
+# was loaded (by --resume all settings, by --init_from the model's sizes); the preset; the default.
 
 
 @dataclass(frozen=True)
@@ -278,9 +253,7 @@ class TrainConfig(GPTConfig):
     validation are in tokens, so they mean the same on any number of GPUs."""
 
     preset: str = setting("", "which preset to start from; other flags override it")
-    data: str = setting(
-        str(HERE / "edu_fineweb10B"), "folder of token shards, or a text (last tenth: validation)"
-    )
+    data: str = setting(str(HERE / "edu_fineweb10B"), "folder of token shards, or a text file")
     out_dir: str = setting("log", "folder for metrics.jsonl and the checkpoints")
     init_from: str = setting("", "start from a published model, transformers folder or checkpoint")
     resume: bool = setting(False, "continue from the newest checkpoint in --out_dir")
@@ -291,10 +264,10 @@ class TrainConfig(GPTConfig):
     dtype: str = setting("auto", "matmul precision", choices="auto bfloat16 float16 float32")
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
-    batch_tokens: int = setting(2**19, "tokens per step")  # GPT-3 paper, table 2.1: 0.5M
+    batch_tokens: int = setting(2**19, "tokens per step", least=1)  # GPT-3 paper, table 2.1: 0.5M
     micro_batch: int = setting(0, "sequences per forward pass on a device; 0: as many as fit")
     epochs: float = setting(1.0, "passes over the training data")  # the lecture
-    max_steps: int = setting(0, "number of steps; 0: as many as --epochs needs")
+    max_steps: int = setting(0, "number of steps, whatever --epochs is; 0: as many as it needs")
     optimizer: str = setting("adamw", "what trains the blocks' matrices", choices="adamw muon")
     learning_rate: float = setting(6e-4, "peak learning rate")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "final rate as a fraction of the peak")  # GPT-3, B
@@ -309,23 +282,9 @@ class TrainConfig(GPTConfig):
     checkpoint_every: int = setting(250, "steps between checkpoints; 0: one at the end")  # ours
 
     def __post_init__(self):
-        positive = ("n_layer", "n_head", "n_embd", "seq_len", "batch_tokens")
-        for name, value in asdict(self).items():
-            least = 1 if name in positive else 0
-            if isinstance(value, int | float) and not least <= value < math.inf:
-                raise UserError(f"--{name} {value}: it must be finite and at least {least}")
-        if self.eval_only and (self.resume or not self.init_from):
-            raise UserError("--eval_only needs --init_from and does not go with --resume")
-        if self.vocab_size < VOCAB_SIZE:
-            what = f"--vocab_size {self.vocab_size} is less than GPT-2's tokens"
-            raise UserError(f"{what}; try {VOCAB_SIZE}")
         if self.n_embd % self.n_head:
             what = f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}"
             raise UserError(f"{what}; try {math.gcd(self.n_embd, self.n_head)}")
-
-    def network(self) -> GPTConfig:
-        """The model's sizes alone."""
-        return GPTConfig(**{name: getattr(self, name) for name in SIZES})
 
 
 # What differs from the defaults. Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code.
@@ -349,16 +308,11 @@ FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # or these in a
 
 def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfig:
     """Merge all settings; flags may not contradict the `fixed` ones among those loaded."""
+    guess = "gpt2" if shards.list_shards(HERE / "edu_fineweb10B", "train") else "demo"
     given = flags.get("preset") or loaded.get("preset")
-    guess = "gpt2" if list_shards(HERE / "edu_fineweb10B", "train") else "demo"
-    preset = given or guess
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    if "epochs" in flags:  # they replace a preset's number of steps
-        flags = {"max_steps": 0, **flags}
-    config = merge(TrainConfig, PRESETS[preset] | {"preset": preset}, loaded, flags, fixed)
+    config = merge(TrainConfig, PRESETS, given or guess, loaded, flags, fixed)
     why = "" if given else " (without --preset: gpt2 if fineweb.py has made its shards, else demo)"
-    say(f"preset {preset}{why}, data {config.data}")
+    say(f"preset {config.preset}{why}, data {config.data}")
     return config
 
 
@@ -366,7 +320,8 @@ def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfi
 # 4. The machine (0:41:47 device; 1:28:14 TF32; 1:39:38 bfloat16; 1:48:15 compile; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
 # A GPU multiplies matrices much faster than it moves numbers to and from its memory. So smaller
-# numbers and fewer trips to memory make it faster. The lecture's A100, in ms for 16 x 1024 tokens:
+# numbers and fewer trips to memory make it faster. The lecture's A100, in ms for 16 x 1024 tokens
+# (bench.py climbs the same ladder on your machine):
 #
 #     float32       1000   8 bits of exponent, 23 of mantissa
 #     TF32           333   8 and 10 bits, only inside the product: tensor cores can multiply these
@@ -377,18 +332,6 @@ def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfi
 #     flash           96   attention's (T, T) scores stay on the chip: more FLOPs, less traffic
 #     50304           93   a vocabulary that kernels can load in whole pieces
 #     fused AdamW     90   a few kernels for all 148 parameter tensors
-#
-# `python bench.py` climbs the same ladder on your machine; machine.py knows what it can do.
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype of matrix products on a device that trains well."""
-    if device.type == "cuda":  # tensor cores can multiply bfloat16 from Ampere (8.0) on
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if ampere else torch.float16
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 class Runtime:
@@ -403,29 +346,19 @@ class Runtime:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         values = [os.environ[name] for name in names if name in os.environ]
         if len(values) not in (0, 3):
-            raise UserError(
-                f"only some of {', '.join(names)} are set; unset them, or start with torchrun"
-            )
+            raise UserError("set all of RANK, LOCAL_RANK and WORLD_SIZE, as torchrun does, or none")
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
-
         if device == "auto" and torch.cuda.is_available():
             device = "cuda"
         elif device == "auto":
             device = "mps" if torch.backends.mps.is_available() else "cpu"
-        if device == "cuda":
-            device = f"cuda:{self.local_rank}"  # each process has its own GPU
-        with explain(f"--device {device} cannot be used"):
-            self.device = torch.device(device)
-            self.device_type = self.device.type
-            if self.device_type == "cuda":
-                torch.cuda.set_device(self.device)
-            torch.zeros(1, device=self.device)
-        self.dtype = fastest_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
+        self.device = machine.open_device(device, self.local_rank)  # a GPU of its own
+        self.device_type = self.device.type
+        # bfloat16 where it is fast, float16 on GPUs before Ampere (2020), float32 elsewhere.
+        self.dtype = machine.choose_dtype(dtype, self.device)
         self.double = torch.float32 if self.device_type == "mps" else torch.float64  # mps has none
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
-        if self.device_type == "cpu":
-            machine.keep_freed_memory()
         if self.world > 1:  # nccl connects GPUs, gloo CPUs
             gpu = self.device if self.device_type == "cuda" else None
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
@@ -477,13 +410,16 @@ class Runtime:
 # --------------------------------------------------------------------------------------------------
 # fineweb.py writes shards of 10^8 tokens. A sequence is T = 1024 tokens and one more, since each
 # token's target is the next one. So a shard has (10^8 - 1) // 1024 = 97,656 sequences; the 99
-# training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512. (The lecture's
-# 19,073 steps are 10^10 / 2^19: it starts the data over near the end.)
+# training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512. (The lecture
+# takes 10^10 / 2^19 = 19,073 steps: its last 279 read the beginning again.)
 
 
-@functools.lru_cache(maxsize=8)  # a shard's permutation serves 97,656 / 512 = 190 steps
-def permutation(size: int, *seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(size)
+@functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
+def shuffled(size: int, seed: int | None, *key: int) -> np.ndarray:
+    """0 .. size - 1 in an order that depends on seed and key alone; seed None keeps the order."""
+    if seed is None:
+        return np.arange(size)
+    return np.random.default_rng((seed, *key)).permutation(size)
 
 
 class DataLoaderLite:
@@ -497,35 +433,25 @@ class DataLoaderLite:
     shards, and the sequences within each shard. Seed None keeps the files' order.
     """
 
-    def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None, source="the data"):
+    def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None):
         self.shards = shards
         self.seq_len = seq_len
         self.seed = seed
         self.counts = [max(0, len(shard) - 1) // seq_len for shard in shards]
         self.epoch_sequences = sum(self.counts)
-        if not self.epoch_sequences:
-            what = f"{source} has no sequence of {seq_len} + 1 tokens; give more text, or"
-            raise UserError(f"{what} try --seq_len {max(map(len, shards)) - 1}")
-
-    def order(self, size: int, *key: int):
-        """0 .. size - 1, shuffled by the seed and `key`."""
-        return range(size) if self.seed is None else permutation(size, self.seed, *key)
 
     def sequence(self, g: int) -> np.ndarray:
         """Sequence g of the run -> (T + 1,) uint16."""
-        epoch, g = divmod(g, self.epoch_sequences)
-        for shard in self.order(len(self.shards), epoch):
-            if g < self.counts[shard]:
+        epoch, left = divmod(g, self.epoch_sequences)
+        for number in shuffled(len(self.shards), self.seed, epoch):
+            if left < self.counts[number]:  # it is in this shard
                 break
-            g -= self.counts[shard]
-        # 1 + shard, because numpy takes (seed, epoch, 0) for the same seed as (seed, epoch).
-        first = self.order(self.counts[shard], epoch, 1 + shard)[g] * self.seq_len
-        tokens = self.shards[shard][first : first + self.seq_len + 1]
-        if tokens.max() >= VOCAB_SIZE:
-            name = getattr(self.shards[shard], "filename", "the text")
-            what = f"{name} holds id {tokens.max()}, which is not one of GPT-2's tokens"
-            raise UserError(f"{what}; make it again")
-        return tokens
+            left -= self.counts[number]  # it comes after this shard
+        # The shards' key is (epoch,), a shard's (epoch, 1 + number): numpy ignores a 0 at the end.
+        order = shuffled(self.counts[number], self.seed, epoch, 1 + number)
+        first = order[left] * self.seq_len
+        shard = self.shards[number]
+        return shards.check_ids(shard[first : first + self.seq_len + 1], shard)
 
     def sequences(self, numbers) -> torch.Tensor:
         """The sequences with these numbers -> (count, T + 1) int64."""
@@ -546,9 +472,10 @@ class DataLoaderLite:
 # 6. The optimizer and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 decay, fused)
 # --------------------------------------------------------------------------------------------------
 # AdamW keeps two running averages for each parameter: of its gradient and of the gradient's square.
-# With the weight and the gradient that is 16 bytes per parameter: 2.0 GB for GPT-2 (124M). The
-# averages are unreliable at first, hence the warmup. Weight decay pulls each weight toward 0, so
-# the model does not lean on a few large ones.
+# It steps by the first over the root of the second, so every parameter moves by about the learning
+# rate, however large its gradients are. The averages are unreliable at first, hence the warmup.
+# Weight decay pulls each weight toward 0, so the model does not lean on a few large ones. With the
+# weight and the gradient that is 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -556,26 +483,18 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 
     Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
     """
-    blocks = set(model.transformer.h.parameters())
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p in blocks]
-    embeddings = [p for p in model.parameters() if p.dim() > 1 and p not in set(matrices)]
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    inside = set(matrices)
+    embeddings = [p for p in model.parameters() if p.dim() == 2 and p not in inside]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizers = []
-    if config.optimizer == "muon":
-        # Beyond the lecture ("Muon: An optimizer for hidden layers in neural networks", Jordan,
-        # 2024). The averaged gradient of a matrix, U S V^T, is dominated by a few directions. Muon
-        # steps by about U V^T, which goes equally far in all of them: five rounds of three small
-        # products make the gradient orthogonal. The step's size is matched to AdamW's ("Muon is
-        # Scalable for LLM Training", 2025, section 2.2), so one schedule serves both.
-        muon = dict(weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(torch.optim.Muon(matrices, config.learning_rate, **muon))
+    if config.optimizer == "muon":  # support/muon.py explains it
+        optimizers.append(muon.make(matrices, config.learning_rate, config.weight_decay))
         matrices = []
-    groups = [
-        dict(params=embeddings + matrices, weight_decay=config.weight_decay),
-        dict(params=vectors, weight_decay=0.0),
-    ]
+    decay = dict(params=embeddings + matrices, weight_decay=config.weight_decay)
+    no_decay = dict(params=vectors, weight_decay=0.0)
     adamw = dict(betas=(0.9, 0.95), eps=1e-8, fused=True)  # GPT-3 paper, appendix B
-    optimizers.append(torch.optim.AdamW(groups, config.learning_rate, **adamw))
+    optimizers.append(torch.optim.AdamW([decay, no_decay], config.learning_rate, **adamw))
     return optimizers
 
 
@@ -590,9 +509,10 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate for the step that ends at `tokens` of the run's `total_tokens`, in three regimes."""
+    """The rate of a step, in three regimes. `tokens` of the run's `total_tokens` are seen after it:
+    they include its own, so the first rate is not 0, which would waste a step."""
     lowest = config.learning_rate * config.min_lr_ratio
-    if tokens < config.warmup_tokens:  # 1. linear warmup; a rate of 0 would waste a step
+    if tokens < config.warmup_tokens:  # 1. linear warmup
         return config.learning_rate * tokens / config.warmup_tokens
     if tokens >= total_tokens:  # 2. the end
         return lowest
@@ -608,7 +528,6 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 # Beware of the mean: four losses a, b, c, d have the mean (a + b + c + d) / 4, but four backward
 # passes add up the gradient of a + b + c + d. Hence each loss is divided by the number of
 # micro-steps. With several ranks, each does this for its share, and DDP averages their gradients.
-# machine.py works out which micro-batch fits: 64 x 1024 tokens of GPT-2 (124M) take 32 GB compiled.
 
 
 class TrainState:
@@ -634,7 +553,6 @@ def train_step(state, batch, lr, stop, config, runtime) -> tuple[float, float, b
 
     If the loss or the norm is not finite, the update is skipped: it would destroy the weights.
     """
-    scaler = state.scaler
     inputs, targets = batch[..., :-1], batch[..., 1:]  # (micro-steps, B, T) each
     mean_loss = 0.0
     for m in range(len(batch)):
@@ -644,10 +562,10 @@ def train_step(state, batch, lr, stop, config, runtime) -> tuple[float, float, b
         with nullcontext() if average else state.ddp.no_sync():
             with runtime.autocast():
                 loss = state.ddp(inputs[m], targets[m]) / len(batch)  # their sum is the mean
-            scaler.scale(loss).backward()
+            state.scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for optimizer in state.optimizers:
-        scaler.unscale_(optimizer)
+        state.scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
     # One bad batch should not throw the model off, so the gradient's norm is capped.
@@ -658,10 +576,10 @@ def train_step(state, batch, lr, stop, config, runtime) -> tuple[float, float, b
     loss, norm = loss / runtime.world, norm / runtime.world
     for optimizer in state.optimizers:
         if math.isfinite(loss) and math.isfinite(norm):
-            scaler.step(optimizer)
+            state.scaler.step(optimizer)
         # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
         optimizer.zero_grad(set_to_none=runtime.world == 1)
-    scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
+    state.scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
     return loss, norm, stops > 0
 
 
@@ -684,7 +602,7 @@ def validation_loss(model, loader, config, runtime) -> tuple[float, float]:
     B = config.micro_batch
     for first in range(runtime.rank * B, end, runtime.world * B):
         rows = loader.sequences(range(first, min(first + B, end)))  # (B, T + 1)
-        text_bytes += int(token_bytes()[rows[:, 1:].numpy()].sum())
+        text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         count += rows[:, 1:].numel()
         rows = runtime.to_device(rows)
         # torch.compile would compile again for a shorter batch, and model.forward bypasses it.
@@ -697,18 +615,10 @@ def validation_loss(model, loader, config, runtime) -> tuple[float, float]:
 
 def sample_texts(model, config, step, max_new_tokens, runtime) -> list[str]:
     """Continue --prompt four times, seeded by --seed + step."""
-    prompt = encode(config.prompt, end_of_text=True).tolist() or [END_OF_TEXT]
     with runtime.autocast():
-        rows = generate(model, prompt, max_new_tokens, seed=config.seed + step).tolist()
-    return [gpt2_tokenizer().decode(row) for row in rows]
-
-
-def load_hellaswag(runtime) -> list[hellaswag.Example]:
-    """Load the examples; one rank on each machine downloads them first, if they are not there."""
-    if runtime.local_rank == 0:
-        hellaswag.download()
-    runtime.barrier()
-    return hellaswag.load_examples()
+        prompt = shards.encode_prompt(config.prompt)
+        rows = generate(model, prompt, max_new_tokens, seed=config.seed + step)
+    return [shards.decode(row) for row in rows.tolist()]
 
 
 def hellaswag_scores(model, examples, runtime) -> hellaswag.Scores:
@@ -722,20 +632,17 @@ def hellaswag_scores(model, examples, runtime) -> hellaswag.Scores:
 # --------------------------------------------------------------------------------------------------
 # 9. The run (3:28:23 starting the run)
 # --------------------------------------------------------------------------------------------------
-# checkpoint.py keeps what a run leaves behind: metrics.jsonl, and checkpoints to continue from.
+# support/log.py prints and records; support/checkpoint.py writes what a run can continue from.
 
 
-def load_model(source: str) -> GPT:
-    """Load a checkpoint, an --out_dir's newest one, a transformers folder, or a published model."""
-    if paths := checkpoint.files(Path(source)):
-        content = checkpoint.read(paths[-1])
-        model = GPT(GPTConfig(**content["network"]))
-        model.load_state_dict(content["model"])
-        return model
-    if not Path(source, "config.json").is_file() and source not in published.NAMES:
-        what = f"--init_from {source} is not a checkpoint, a folder with one, a transformers folder"
-        raise UserError(f"{what}, or one of {', '.join(published.NAMES)}")
-    return GPT.from_pretrained(source)
+def load_model(source: str) -> tuple[GPT, dict]:
+    """Load one of our checkpoints, or a model of transformers -> it, and its run's settings."""
+    content = checkpoint.load(Path(source))
+    if content is None:
+        return GPT.from_pretrained(source), {}
+    model = GPT(GPTConfig(**content["network"]))
+    model.load_state_dict(content["model"])
+    return model, content["settings"]
 
 
 def due(every: int, step: int, steps: int) -> bool:
@@ -750,16 +657,17 @@ def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         model = GPT(GPTConfig(**saved["network"]))  # its weights come later, with the optimizer's
         return make_config(flags, saved["network"] | saved["settings"], FIXED), model, saved
     if flags.get("init_from"):
-        model = load_model(flags["init_from"])
-        shorter = tuple(name for name in SIZES if name != "seq_len")  # a model may look back less
-        config = make_config(flags, asdict(model.config), shorter)
-        if config.seq_len > model.config.seq_len:
-            what = f"--seq_len {config.seq_len} is more than {config.init_from} can take"
-            raise UserError(f"{what}; try --seq_len {model.config.seq_len}")
-        return config, model, None
+        model, settings = load_model(flags["init_from"])
+        loaded = asdict(model.config)
+        if flags.get("eval_only"):
+            loaded |= {name: settings[name] for name in ("data", "prompt") if name in settings}
+        less = flags.get("seq_len", 0) <= model.config.seq_len  # a model may look back less far
+        fixed = tuple(name for name in SIZES if not (name == "seq_len" and less))
+        return make_config(flags, loaded, fixed), model, None
     config = make_config(flags, {}, ())
     torch.manual_seed(config.seed)
-    return config, GPT(config.network()), None
+    sizes = {name: getattr(config, name) for name in SIZES}
+    return config, GPT(GPTConfig(**sizes)), None
 
 
 def evaluate_only(config, model, loader, runtime) -> None:
@@ -777,14 +685,16 @@ def main(argv: list[str] | None = None) -> None:
     first = saved["step"] if saved else 0
     if runtime.least(first) != -runtime.least(-first):  # the smallest and the largest of them
         raise UserError("the ranks found different checkpoints; they must share one --out_dir")
-    train_shards, val_shards = open_data(config.data)
-    loader = DataLoaderLite(train_shards, config.seq_len, config.seed, config.data)
-    val_loader = DataLoaderLite(val_shards, config.seq_len, None, config.data)
+    train_shards, val_shards = shards.open_data(config.data, config.seq_len)
+    loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
+    val_loader = DataLoaderLite(val_shards, config.seq_len, None)
     model.to(runtime.device)
     if config.eval_only:
         evaluate_only(config, model.eval(), val_loader, runtime)
         return runtime.close()
-    examples = load_hellaswag(runtime) if config.hellaswag_every else []
+    examples = []
+    if config.hellaswag_every:
+        examples = hellaswag.load_examples(runtime.local_rank == 0, runtime.barrier)
     steps = count_steps(config, loader.epoch_sequences)
 
     # What trains it, and what the run leaves behind.
@@ -797,11 +707,9 @@ def main(argv: list[str] | None = None) -> None:
     config = replace(config, micro_batch=fits)
     state = TrainState(model, config, runtime)
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
-    if saved:
-        saver.restore(saved, steps)
+    saver.restore(saved, steps)
     log = Log(config.out_dir, first, steps, header, runtime.rank)
     stop = checkpoint.Stop()
-    peak = machine.peak_flops(runtime.device, runtime.dtype)  # None if it is not known
     reader = ThreadPoolExecutor(1)  # reads the next batch while the GPU computes
     ahead = reader.submit(loader.batch, first, config, runtime)
     stopped = False
@@ -834,10 +742,10 @@ def main(argv: list[str] | None = None) -> None:
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             raise saver.diverged(step, loss, norm)
         seconds = time.perf_counter() - began
-        speed = config.batch_tokens / seconds
-        flops = model.flops_per_token(config.seq_len) * speed / runtime.world
+        speed = config.batch_tokens / seconds  # tokens per second
+        mfu = machine.utilization(model, config.seq_len, speed / runtime.world, runtime.dtype)
         values = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
-        log("train", step, **values, tokens_per_second=speed, mfu=flops / peak if peak else None)
+        log("train", step, **values, tokens_per_second=speed, mfu=mfu)
 
     saver.close(step)
     log.close()

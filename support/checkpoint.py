@@ -41,6 +41,12 @@ def read(path: Path) -> dict:
         return content
 
 
+def load(path: Path) -> dict | None:
+    """Read a checkpoint, or a folder's newest one; None if there is none. Raises UserError."""
+    paths = files(path)
+    return read(paths[-1]) if paths else None
+
+
 def newest(folder: Path) -> dict | None:
     """Read the newest whole checkpoint in a folder; None if the folder has no checkpoint.
 
@@ -99,11 +105,13 @@ class Saver:
             for partial in self.folder.glob(f"{name}.*.tmp"):  # a killed run left it
                 partial.unlink()
 
-    def restore(self, saved: dict, steps: int) -> None:
-        """Put every part into the state of a checkpoint.
+    def restore(self, saved: dict | None, steps: int) -> None:
+        """Put every part into the state of a checkpoint, if there is one.
 
         Raises UserError if the checkpoint does not fit this run.
         """
+        if saved is None:
+            return
         if saved["epoch_sequences"] != self.header["epoch_sequences"]:
             raise UserError("the training data has changed since the checkpoint")
         if saved["step"] > steps:

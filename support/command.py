@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -45,9 +46,10 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
-def setting(default, help: str, choices=""):
-    """Declare a setting: its default, and the help and the choices of its command-line flag."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+def setting(default, help: str, choices="", least=0):
+    """Declare a setting: its default, and its flag's help, choices, and least value of a number."""
+    metadata = dict(help=help, choices=choices, least=least)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse_flags(config_class: type, description: str, argv: list[str] | None) -> dict:
@@ -68,18 +70,26 @@ def parse_flags(config_class: type, description: str, argv: list[str] | None) ->
     return vars(parser.parse_args(argv))
 
 
-def merge(config_class: type, preset: dict, loaded: dict, flags: dict, fixed: tuple[str, ...]):
+def merge(config_class: type, presets: dict, preset: str, loaded: dict, flags: dict, fixed: tuple):
     """Make a config: flags win over what was loaded, that over the preset, that over the defaults.
 
-    Raises UserError if a flag contradicts one of the `fixed` settings that were loaded.
+    Raises UserError if there is no such preset, if a number is too small, or if a flag contradicts
+    one of the `fixed` settings that were loaded.
     """
+    if preset not in presets:
+        raise UserError(f"--preset {preset}: choose from {', '.join(presets)}")
     for name in fixed:
         if name in flags and flags[name] != loaded.get(name, flags[name]):
             what = f"--{name} {flags[name]}: what was loaded has {loaded[name]}"
             raise UserError(f"{what}; leave the flag out, or start another run")
-    known = {field.name for field in dataclasses.fields(config_class)}
-    settings = {**preset, **loaded, **flags}
-    return config_class(**{name: value for name, value in settings.items() if name in known})
+    settings = {**presets[preset], **loaded, **flags, "preset": preset}
+    known = {}
+    for field in dataclasses.fields(config_class):
+        value = known[field.name] = settings.get(field.name, field.default)
+        least = field.metadata.get("least", 0)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise UserError(f"--{field.name} {value}: it must be finite and at least {least}")
+    return config_class(**known)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from support.command import UserError, say
+from support.command import UserError, explain, say
 
 # Dense bfloat16 TFLOP/s (float16 for V100 and T4) from the vendors' data sheets; the first entry
 # found in the device's name is used.
@@ -48,15 +48,57 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """A device's operations per second by its data sheet; None if it is not in PEAK_TFLOPS, or in
-    float32, which has another peak."""
-    if dtype == torch.float32:
-        return None
+    """A device's operations per second by its data sheet.
+
+    None if it is not in PEAK_TFLOPS, and in float32, which has another peak.
+    """
     this = device_name(device)
     for name, tflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{name}\b", this):
+        if re.search(rf"\b{name}\b", this) and dtype != torch.float32:
             return 1e12 * tflops
     return None
+
+
+def flops_per_token(model, seq_len: int) -> int:
+    """Operations to train a GPT on one token ("PaLM", 2022, appendix B).
+
+    6 for each parameter in a matrix product: forward multiplies and adds, and backward does so
+    twice, for the gradients of the input and of the weight. (wpe is only added, and not counted.)
+    Attention takes 12 L C T more. GPT-2 (124M): 0.855 GFLOP, and 448 TFLOP for a batch of 2^19
+    tokens, which take 8 A100s at half of their 312 TFLOP/s 360 ms.
+    """
+    weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
+    return 6 * weights + 12 * model.config.n_layer * model.config.n_embd * seq_len
+
+
+def utilization(model, seq_len: int, tokens_per_second: float, dtype: torch.dtype) -> float | None:
+    """The share of a device's peak that its tokens per second take (MFU); None if that is unknown."""
+    peak = peak_flops(model.lm_head.weight.device, dtype)
+    return flops_per_token(model, seq_len) * tokens_per_second / peak if peak else None
+
+
+def open_device(name: str, local_rank: int) -> torch.device:
+    """The device of this process; of GPUs, the one of its number. Raises UserError."""
+    with explain(f"--device {name} cannot be used"):
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        torch.zeros(1, device=device)
+        return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: --dtype, or the fastest here that trains well."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # tensor cores can multiply bfloat16 from Ampere (8.0) on
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def can_compile(wanted: bool | None, device: torch.device) -> bool:

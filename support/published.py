@@ -78,10 +78,14 @@ def read(name_or_folder: str) -> tuple[dict, dict]:
 
     Raises UserError if that fails, or if it is not a plain GPT-2.
     """
+    folder = Path(name_or_folder)
+    if not (folder / "config.json").is_file() and name_or_folder not in NAMES:
+        what = f"{name_or_folder} is not a checkpoint, a folder with one, a transformers folder"
+        raise UserError(f"{what}, or one of {', '.join(NAMES)}")
     transformers = quiet_transformers()
     with explain(f"cannot load GPT-2 weights from {name_or_folder}"):
-        if Path(name_or_folder).is_dir():
-            check_folder(Path(name_or_folder))
+        if folder.is_dir():
+            check_folder(folder)
         # From safetensors: unlike a pickle, such a file cannot hold code.
         options = dict(use_safetensors=True, output_loading_info=True, dtype=torch.float32)
         theirs, info = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, **options)

@@ -86,6 +86,15 @@ def encode(text: str, end_of_text: bool = False) -> np.ndarray:
     return np.concatenate(tokens).astype(np.uint16)
 
 
+def encode_prompt(text: str) -> list[int]:
+    """Tokenize a prompt: <|endoftext|> is that token, and no text begins a new document."""
+    return encode(text, end_of_text=True).tolist() or [END_OF_TEXT]
+
+
+def decode(tokens: list[int]) -> str:
+    return gpt2_tokenizer().decode(tokens)
+
+
 @functools.cache
 def token_bytes() -> np.ndarray:
     """Count the bytes of UTF-8 text in each token: (VOCAB_SIZE,) uint16. END_OF_TEXT has 0."""
@@ -131,23 +140,43 @@ def read_manifest(folder: Path | str) -> dict | None:
         return manifest
 
 
-def open_data(path: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def check_ids(tokens: np.ndarray, shard: np.ndarray) -> np.ndarray:
+    """Return tokens of a shard. Raises UserError if one is not GPT-2's."""
+    if tokens.max() >= VOCAB_SIZE:
+        name = getattr(shard, "filename", "the text")
+        what = f"{name} holds id {tokens.max()}, which is not one of GPT-2's tokens"
+        raise UserError(f"{what}; make it again")
+    return tokens
+
+
+def open_data(path: str, seq_len: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Open a folder of shards, or a text -> training and validation shards, (N,) uint16 each.
 
-    The last tenth of a text is for validation. Raises UserError for unusable data.
+    The last tenth of a text is for validation. Raises UserError for unusable data, and if training
+    or validation has not one sequence.
     """
-    if Path(path).is_dir():
-        train, val = list_shards(path, "train"), list_shards(path, "val")
-        if not train or not val:
-            what = f"no shard has {'val' if train else 'train'} in its name"
-            hint = "delete it and make it again with a smaller --shard_tokens"
-            raise UserError(
-                f"--data {path}: {what}; {hint if val else 'python fineweb.py makes it'}"
-            )
-        manifest = read_manifest(path)
-        if manifest and not manifest["complete"]:
-            say(f"warning: {path} is incomplete; run its fineweb.py command again")
-        return [open_shard(p) for p in train], [open_shard(p) for p in val]
+    train, val = open_folder(path) if Path(path).is_dir() else open_text(path)
+    for split in (train, val):
+        longest = max(len(tokens) for tokens in split)
+        if longest <= seq_len:
+            what = f"--data {path} has no sequence of {seq_len} + 1 tokens; give more text"
+            raise UserError(what + (f", or try --seq_len {longest - 1}" if longest > 1 else ""))
+    return train, val
+
+
+def open_folder(path: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    train, val = list_shards(path, "train"), list_shards(path, "val")
+    if not train or not val:
+        what = f"no shard has {'val' if train else 'train'} in its name"
+        hint = "delete it and make it again with a smaller --shard_tokens"
+        raise UserError(f"--data {path}: {what}; {hint if val else 'python fineweb.py makes it'}")
+    manifest = read_manifest(path)
+    if manifest and not manifest["complete"]:
+        say(f"warning: {path} is incomplete; run its fineweb.py command again")
+    return [open_shard(p) for p in train], [open_shard(p) for p in val]
+
+
+def open_text(path: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
