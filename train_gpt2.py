@@ -732,6 +732,7 @@ def main(argv: list[str] | None = None) -> None:
             break
 
         model.train()
+        torch.manual_seed(hash((config.seed, step, runtime.rank)))  # for dropout, if you add it
         began = time.perf_counter()
         batch = runtime.to_device(ahead.result())
         ahead = reader.submit(loader.batch, step + 1, config, runtime)
