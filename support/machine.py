@@ -101,6 +101,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def autocasts_to_bfloat16(device_type: str) -> bool:
+    """Whether this is called under autocast to bfloat16."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return enabled and torch.get_autocast_dtype(device_type) == torch.bfloat16
+
+
 def can_compile(wanted: bool | None, device: torch.device) -> bool:
     """Whether to use torch.compile: --compile, or whether it finds Triton or a C++ compiler."""
     if wanted is False or (wanted is None and device.type == "mps"):
@@ -138,18 +144,19 @@ def keep_freed_memory() -> bool:
 #
 #   parameters    18 bytes each: weight 4, gradient 4, AdamW's two averages 8, and
 #                 autocast's copy in bfloat16 2                                        2.2 GB
-#   activations   36 C bytes per token and layer, for backward: the inputs of the two
-#                 LayerNorms in float32 (8), and 14 C numbers in bfloat16 (28): what
-#                 the LayerNorms give 2, q, k and v 3, attention's output 1, the MLP's
-#                 hidden layer before and after GELU 8. One layer more stands for the
-#                 last LayerNorm and for what backward holds while it works           23.6 GB
+#   activations   32 C bytes per token and layer, for backward: 16 C numbers in
+#                 bfloat16, the inputs of the two LayerNorms 2, what these give 2, q, k
+#                 and v 3, attention's output 1, the MLP's hidden layer before and after
+#                 GELU 8. (In float16 the LayerNorms' inputs are float32: 36 C.) One
+#                 layer more stands for the last LayerNorm and for what backward holds
+#                 while it works                                                      20.9 GB
 #   logits        2 bytes each: the compiler fuses the softmax and writes the
 #                 gradient over the logits. Run eagerly, cross_entropy holds them
 #                 three times in float32, 12 bytes, and the total is 65 GB              6.6 GB
-#                                                                            together 32.4 GB
+#                                                                            together 29.7 GB
 #
 # tests/test_memory.py holds this against a simulation of every allocation. On an H200 the step
-# above took 31.1 GB.
+# above took 28.6 GB.
 
 
 def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: int = 1) -> int:
@@ -158,7 +165,8 @@ def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: in
     per_parameter = 16 if dtype == torch.float32 else 18
     if world > 1:
         per_parameter += 4  # DDP's buckets, next to the gradients of the first step
-    activations = (c.n_layer + 1) * (2 * 4 + 14 * size) * c.n_embd
+    stream = 2 if dtype == torch.bfloat16 else 4  # the residual stream's
+    activations = (c.n_layer + 1) * (2 * stream + 14 * size) * c.n_embd
     logits = (size if compiled else 3 * 4) * c.vocab_size
     if compiled and c.vocab_size % 8:
         logits *= 3  # the compiler pads ragged matrices, in copies

@@ -70,6 +70,6 @@ def test_validation_needs_less(dtype):
 
 
 def test_compiled_memory():
-    """GPT-2 (124M), 64 x 1024 tokens in bfloat16: torch.cuda.max_memory_allocated was 31.1 GB."""
+    """GPT-2 (124M), 64 x 1024 tokens in bfloat16: torch.cuda.max_memory_allocated was 28.6 GB."""
     predicted = step_bytes(network("gpt2"), 124_475_904, 65536, True, torch.bfloat16)
-    assert 31.1e9 <= predicted <= 1.1 * 31.1e9
+    assert 28.6e9 <= predicted <= 1.1 * 28.6e9
