@@ -668,8 +668,7 @@ def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         return make_config(flags, loaded, fixed), model, None
     config = make_config(flags, {}, ())
     torch.manual_seed(config.seed)
-    sizes = {name: getattr(config, name) for name in SIZES}
-    return config, GPT(GPTConfig(**sizes)), None
+    return config, GPT(GPTConfig(*(getattr(config, name) for name in SIZES))), None
 
 
 def evaluate_only(config, model, loader, runtime) -> None:

@@ -21,11 +21,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def say(*args) -> None:
+def say(*args, **options) -> None:
     """Print, on rank 0 only. A full disk or a closed terminal must not end the run."""
     if os.getenv("RANK", "0") == "0":  # torchrun sets it
         with contextlib.suppress(OSError):
-            print(*args, flush=True)
+            print(*args, **options, flush=True)
 
 
 @contextlib.contextmanager
