@@ -601,7 +601,7 @@ def validation_loss(model, loader, config, runtime) -> tuple[float, float]:
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0
-    B = config.micro_batch
+    B = config.micro_batch or 8  # --eval_only chooses none
     for first in range(runtime.rank * B, end, runtime.world * B):
         rows = loader.sequences(range(first, min(first + B, end)))  # (B, T + 1)
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
@@ -656,7 +656,8 @@ def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
     """Flags -> all settings, the model to train, and the checkpoint to resume, if there is one."""
     saved = checkpoint.newest(Path(flags.get("out_dir", "log"))) if flags.get("resume") else None
     if saved:
-        model = GPT(GPTConfig(**saved["network"]))  # its weights come later, with the optimizer's
+        model = GPT(GPTConfig(**saved["network"]))
+        model.load_state_dict(saved["model"])
         return make_config(flags, saved["network"] | saved["settings"], FIXED), model, saved
     if flags.get("init_from"):
         model, settings = load_model(flags["init_from"])
@@ -673,7 +674,6 @@ def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
 
 def evaluate_only(config, model, loader, runtime) -> None:
     """--eval_only: print the validation loss and samples."""
-    config = replace(config, micro_batch=config.micro_batch or 8)
     loss, bits = validation_loss(model, loader, config, runtime)
     say(f"validation loss {loss:.4f} | {bits:.4f} bits per byte")
     say("\n---\n".join(sample_texts(model, config, 0, 64, runtime)))
@@ -749,8 +749,8 @@ def main(argv: list[str] | None = None) -> None:
         values = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
         log("train", step, **values, tokens_per_second=speed, mfu=mfu)
 
-    saver.close(step)
     log.close()
+    saver.close(step)
     if stopped:
         say(f"stopped by {stop.signal or 'signal'} after step {step}; --resume continues")
     runtime.close()

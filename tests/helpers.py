@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,19 +27,66 @@ TINY = shlex.split(
 )
 
 
-def run(folder: Path, *flags, processes=1, **environment) -> subprocess.CompletedProcess:
-    """`python train_gpt2.py FLAGS`, or torchrun's equivalent, in `folder`; one thread a process."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    start = [sys.executable, *(torchrun if processes > 1 else ()), str(SCRIPT)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+def command(script: str, flags, processes=1, torchrun=()) -> list[str]:
+    """`python SCRIPT FLAGS`, or the same by torchrun."""
+    if processes > 1 or torchrun:
+        torchrun = torchrun or ("--standalone", f"--nproc_per_node={processes}")
+        torchrun = ("-m", "torch.distributed.run", *torchrun)
+    return [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
+
+
+def run(folder: Path, *flags, script="train_gpt2.py", processes=1, **environment):
+    """Run a command in `folder`, one thread a process -> subprocess.CompletedProcess, as text."""
     return subprocess.run(
-        [*start, *map(str, flags)],
+        command(script, flags, processes),
         cwd=folder,
-        env=env,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
+    )
+
+
+def start(folder: Path, *flags, script="train_gpt2.py", processes=1, torchrun=(), **environment):
+    """Start a command in a process group of its own -> subprocess.Popen, its output in one pipe."""
+    return subprocess.Popen(
+        command(script, flags, processes, torchrun),
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def one_line(done, says: str) -> str:
+    """The line in which a user's mistake ends: status 2, no traceback, and it `says` this."""
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done
+    assert re.search(says, lines[0]), lines[0]
+    return lines[0]
+
+
+def fake_runtime(rank=0, world=1, **changes) -> SimpleNamespace:
+    """A Runtime of rank `rank`, on a CPU in float32, whose collectives hear only itself."""
+    return SimpleNamespace(
+        **dict(
+            rank=rank,
+            local_rank=rank,
+            world=world,
+            device=torch.device("cpu"),
+            device_type="cpu",
+            dtype=torch.float32,
+            double=torch.float64,
+            autocast=nullcontext,
+            to_device=lambda tensor: tensor,
+            sum=lambda *values: [float(value) for value in values],
+            least=int,
+            barrier=lambda: None,
+        )
+        | changes
     )
 
 

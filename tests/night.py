@@ -6,11 +6,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from helpers import SCRIPT, TINY, make_shards, run
+from helpers import TINY, make_shards, run, start
 
 STEPS = 160
 RUN = [*TINY, "--max_steps", STEPS, "--checkpoint_every", 40, "--sample_every", 80]
@@ -34,36 +33,25 @@ def facts(folder: Path) -> list:
     return [{k: v for k, v in record.items() if k not in clock} for record in found[1:]]
 
 
-def start(folder: Path, *flags, processes=1) -> subprocess.Popen:
-    torchrun = ["--standalone", f"--nproc_per_node={processes}"]
-    return launch(folder, torchrun if processes > 1 else [], flags)
+def night(folder: Path, *flags, processes=1, torchrun=()) -> subprocess.Popen:
+    """A run as README.md starts it for the night: torchrun restarts what dies."""
+    if processes > 1:
+        torchrun = ("--standalone", f"--nproc_per_node={processes}")
+    torchrun = (*torchrun, "--max-restarts=3") if torchrun else ()
+    return start(folder, *flags, processes=processes, torchrun=torchrun, **RECIPE)
 
 
 def agent(folder: Path, port: int, *flags, processes=1) -> subprocess.Popen:
     """One machine of two, as torchrun sees it."""
     torchrun = ["--nnodes=2", f"--nproc_per_node={processes}", "--local-addr=127.0.0.1"]
     torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    return launch(folder, torchrun, flags)
+    return night(folder, *flags, torchrun=torchrun)
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def launch(folder: Path, torchrun: list, flags) -> subprocess.Popen:
-    if torchrun:
-        torchrun = ["-m", "torch.distributed.run", *torchrun, "--max-restarts=3"]
-    return subprocess.Popen(
-        [sys.executable, *torchrun, str(SCRIPT), *map(str, flags)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **RECIPE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def wait_for(condition, process: subprocess.Popen, seconds=90) -> None:

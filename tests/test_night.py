@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SCRIPT, TINY, losses, make_shards, records, run
-from night import LONG, RUN, STEPS, copy, facts, quiet_run, recorded, start, wait_for
+from night import LONG, RUN, STEPS, copy, facts, night, quiet_run, recorded, wait_for
 
 from support import checkpoint
 
@@ -28,7 +28,7 @@ def test_signal_then_resume(quiet, name):
     """A signal lets the step finish, leaves a checkpoint and exit status 0; what follows is as if
     it had not come."""
     folder = quiet / name
-    process = start(quiet, *RUN, "--out_dir", name)
+    process = night(quiet, *RUN, "--out_dir", name)
     wait_for(recorded(folder, 30), process)
     process.send_signal(getattr(signal, name))
     said = process.communicate(timeout=60)[0]
@@ -172,7 +172,7 @@ def test_output_that_cannot_be_written(quiet):
 
 def test_folder_deleted_while_running(quiet):
     """The output folder vanishes: it is made again for the checkpoints, and the run ends well."""
-    process = start(
+    process = night(
         quiet, *LONG, "--max_steps", 300, "--checkpoint_every", 100, "--out_dir", "gone"
     )
     wait_for(recorded(quiet / "gone", 20), process)
@@ -210,7 +210,7 @@ def test_nothing_that_is_loaded_runs(quiet):
 def test_killed_while_writing_a_checkpoint(quiet):
     """kill -9 with a checkpoint half written: the older ones are whole, and the half one goes."""
     folder = quiet / "fifo"
-    process = start(quiet, *RUN, "--out_dir", "fifo", "--checkpoint_every", 2)
+    process = night(quiet, *RUN, "--out_dir", "fifo", "--checkpoint_every", 2)
     wait_for(lambda: list(folder.glob("checkpoint_*.pt")), process)
     for step in range(2, STEPS + 1, 2):  # a disk that takes the bytes of no further checkpoint
         half = folder / f"checkpoint_{step:07d}.pt.{process.pid}.tmp"

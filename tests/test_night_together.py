@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import losses, run
-from night import RUN, agent, copy, free_port, quiet_run, recorded, start, wait_for, workers
+from night import RUN, agent, copy, free_port, night, quiet_run, recorded, wait_for, workers
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_two_processes(quiet):
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(quiet / "two"), losses(quiet / "quiet"), atol=1e-4)
 
-    process = start(quiet, *RUN, "--max_steps", 5000, "--out_dir", "warned", processes=2)
+    process = night(quiet, *RUN, "--max_steps", 5000, "--out_dir", "warned", processes=2)
     wait_for(recorded(quiet / "warned", 20), process)
     os.kill(workers(process.pid)[-1], signal.SIGUSR1)
     said = process.communicate(timeout=60)[0]

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 from helpers import ROOT, TINY, losses, make_shards, run
-from night import RECIPE, agent, facts, free_port, recorded, start, wait_for, workers
+from night import RECIPE, agent, facts, free_port, recorded, wait_for, workers
 
 FLAGS = [*TINY, "--max_steps", 60, "--checkpoint_every", 10, "--data", "shards"]
 
@@ -24,7 +24,7 @@ def quiet(tmp_path_factory):
 
 def test_a_killed_rank(quiet):
     """The ranks continue from the last checkpoint; the records are the quiet run's to the bit."""
-    process = start(quiet, *FLAGS, "--out_dir", "killed", "--resume", processes=2)
+    process = night(quiet, *FLAGS, "--out_dir", "killed", "--resume", processes=2)
     wait_for(recorded(quiet / "killed", 35), process)
     os.kill(workers(process.pid)[0], signal.SIGKILL)  # rank 0: the others need its store
     said = process.communicate(timeout=120)[0]

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import ROOT, make_shards, run
-from night import RUN, agent, facts, free_port, recorded, start, wait_for
+from night import RUN, agent, facts, free_port, night, recorded, wait_for
 
 pytestmark = pytest.mark.soak
 DEMO = ["--preset", "demo", "--max_steps", 300, "--checkpoint_every", 15, "--val_every", 100]
@@ -25,7 +25,7 @@ def test_twenty_kills(tmp_path):
     assert run(tmp_path, *DEMO, "--out_dir", "quiet").returncode == 0
     dice = random.Random(0)
     for checkpoint in range(0, 300, 15):
-        process = start(tmp_path, *DEMO, "--out_dir", "killed", "--resume")
+        process = night(tmp_path, *DEMO, "--out_dir", "killed", "--resume")
         wait_for(recorded(tmp_path / "killed", checkpoint + dice.randrange(14)), process)
         time.sleep(dice.uniform(0, 0.2))  # about a step
         os.killpg(process.pid, signal.SIGKILL)
