@@ -17,7 +17,7 @@ from support.command import OneLineParser, run_command, say
 def main(argv: list[str] | None = None) -> None:
     from train_gpt2 import load_model
 
-    parser = OneLineParser("export.py", description=__doc__.partition("\n")[0])
+    parser = OneLineParser("export.py", __doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="an --out_dir, a checkpoint, or a published name")
     add("folder", metavar="FOLDER", help="the folder to write; it must be new or empty")

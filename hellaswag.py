@@ -71,7 +71,7 @@ PUBLISHED = {  # [build-nanogpt, hellaswag.py; medium and large: llm.c, dev/visl
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser("hellaswag.py", description=__doc__.partition("\n\n")[0])
+    parser = OneLineParser("hellaswag.py", __doc__)
     add = parser.add_argument
     kinds = "gpt2[-medium, -large, -xl], a checkpoint, an --out_dir or a transformers folder"
     add("--model", default="gpt2", help=f"model to score: {kinds} (default: gpt2)")
@@ -240,8 +240,8 @@ def crop(example: Example, seq_len: int) -> Example:
     return replace(example, context=example.context[-room:])
 
 
-def log_probabilities(model, examples: list[Example], progress=False) -> torch.Tensor:
-    """N examples -> (N, 4), each ending's log-probability in nats.
+def log_probabilities(model, examples: list[Example], stop=False, progress=False) -> torch.Tensor:
+    """N examples -> (N, 4), each ending's log-probability in nats; fewer once `stop` is true.
 
     Everything is copied to the device at once, so Python does not wait for a GPU here.
     """
@@ -271,6 +271,8 @@ def log_probabilities(model, examples: list[Example], progress=False) -> torch.T
 
     sums = torch.zeros(len(rows), device=device)
     for first, T, (places, ids, owners) in tqdm(batches, unit="batch", disable=not progress):
+        if stop:
+            break
         x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
         logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, V)
         losses = F.cross_entropy(logits, ids, reduction="none")  # (E, V) -> (E,)
@@ -288,14 +290,15 @@ def choose(examples: list[Example], sums) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def count_right(model, examples: list[Example], progress=False) -> tuple:
+def count_right(model, examples: list[Example], stop=False, progress=False) -> tuple:
     """Score the examples -> how many are right, by sum and by mean, and how many there are.
 
-    The counts stay on the device, for the caller to wait for. Raises UserError.
+    The counts stay on the device, for the caller to wait for. An object `stop` that becomes true
+    ends it early, and the counts mean nothing. Raises UserError.
     """
     if not examples:
         return 0, 0, 0
-    choice, choice_norm = choose(examples, log_probabilities(model, examples, progress))
+    choice, choice_norm = choose(examples, log_probabilities(model, examples, stop, progress))
     labels = torch.tensor([example.label for example in examples], device=choice.device)
     return (choice == labels).sum(), (choice_norm == labels).sum(), len(examples)
 

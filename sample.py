@@ -35,7 +35,7 @@ def show_as_drawn():
 def main(argv: list[str] | None = None) -> None:
     from train_gpt2 import Runtime, generate, load_model
 
-    parser = OneLineParser("sample.py", description=__doc__.partition("\n")[0])
+    parser = OneLineParser("sample.py", __doc__)
     add = parser.add_argument
     models = "an --out_dir, a checkpoint, a transformers folder, or gpt2[-medium, -large, -xl]"
     add("--model", default="log", help=f"{models} (default: %(default)s)")

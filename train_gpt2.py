@@ -35,8 +35,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 from support import checkpoint, machine, muon, published, shards
-from support.command import UserError, merge, parse_flags, run_command, say, setting
-from support.log import Log, describe_run
+from support.command import Stop, UserError, merge, parse_flags, run_command, say, setting
+from support.log import Log, describe_run, text_of
 
 HERE = Path(__file__).parent
 
@@ -350,6 +350,8 @@ class Runtime:
         if len(values) not in (0, 3):
             raise UserError("set all of RANK, LOCAL_RANK and WORLD_SIZE, as torchrun does, or none")
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
+        self.stop = Stop()  # whether a signal asks this rank to stop
+        self.stopped = False  # whether one has asked any rank, as of the last `sum`
         if device == "auto" and torch.cuda.is_available():
             device = "cuda"
         elif device == "auto":
@@ -376,10 +378,12 @@ class Runtime:
         Python waits here for the GPU and the other ranks, so pass all values in one call.
         """
         zero = torch.zeros((), dtype=self.double, device=self.device)
-        total = torch.stack([zero + value for value in values])
+        total = torch.stack([zero + value for value in (*values, bool(self.stop))])
         if self.world > 1:
             dist.all_reduce(total)
-        return total.tolist()
+        *sums, stops = total.tolist()
+        self.stopped = stops > 0  # so all ranks stop at the same place
+        return sums
 
     def least(self, value: int) -> int:
         """The smallest of the ranks' values."""
@@ -549,9 +553,8 @@ class TrainState:
         return {"model": self.model, "scaler": self.scaler, **optimizers}
 
 
-def train_step(state, batch, lr, stop, config, runtime) -> tuple[float, float, bool]:
-    """One step -> the mean loss of the whole batch, the gradient's norm before clipping, and
-    whether any rank wants to stop.
+def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
+    """One step -> the mean loss of the whole batch, and the gradient's norm before clipping.
 
     If the loss or the norm is not finite, the update is skipped: it would destroy the weights.
     """
@@ -574,15 +577,14 @@ def train_step(state, batch, lr, stop, config, runtime) -> tuple[float, float, b
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     # Until here Python has only queued work. Now it asks for numbers and waits until the GPU has
     # them. Timing a step needs no torch.cuda.synchronize, and nothing else in a step waits.
-    loss, norm, stops = runtime.sum(mean_loss, norm, bool(stop))
-    loss, norm = loss / runtime.world, norm / runtime.world
+    loss, norm = (total / runtime.world for total in runtime.sum(mean_loss, norm))
     for optimizer in state.optimizers:
         if math.isfinite(loss) and math.isfinite(norm):
             state.scaler.step(optimizer)
         # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
         optimizer.zero_grad(set_to_none=runtime.world == 1)
     state.scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
-    return loss, norm, stops > 0
+    return loss, norm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -595,14 +597,16 @@ def train_step(state, batch, lr, stop, config, runtime) -> tuple[float, float, b
 
 
 @torch.no_grad()
-def validation_loss(model, loader, config, runtime) -> tuple[float, float]:
-    """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte. The
-    tokens are the same for any batch and number of ranks, so any two runs can be compared."""
+def validate(model, loader, config, runtime) -> dict | None:
+    """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte; None
+    if the run is to stop. The tokens are the same for any batch and any number of ranks."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0
     B = config.micro_batch or 8  # --eval_only chooses none
     for first in range(runtime.rank * B, end, runtime.world * B):
+        if runtime.stop:
+            break
         rows = loader.sequences(range(first, min(first + B, end)))  # (B, T + 1)
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         count += rows[:, 1:].numel()
@@ -612,23 +616,27 @@ def validation_loss(model, loader, config, runtime) -> tuple[float, float]:
         with runtime.autocast():
             nats += forward(rows[:, :-1], rows[:, 1:]) * rows[:, 1:].numel()
     nats, count, text_bytes = runtime.sum(nats, count, text_bytes)
-    return nats / count, nats / math.log(2) / max(text_bytes, 1)
+    if runtime.stopped:
+        return None
+    return dict(loss=nats / count, bits_per_byte=nats / math.log(2) / max(text_bytes, 1))
 
 
-def sample_texts(model, config, step, max_new_tokens, runtime) -> list[str]:
+def sample(model, config, step, max_new_tokens, runtime) -> dict:
     """Continue --prompt four times, seeded by --seed + step."""
     with runtime.autocast():
         prompt = shards.encode_prompt(config.prompt)
         rows = generate(model, prompt, max_new_tokens, seed=config.seed + step)
-    return [shards.decode(row) for row in rows.tolist()]
+    return dict(texts=[shards.decode(row) for row in rows.tolist()])
 
 
-def hellaswag_scores(model, examples, runtime) -> hellaswag.Scores:
+def score_hellaswag(model, examples, runtime) -> dict | None:
     """Each ending is appended to its context. Its score is the mean log-probability of its own
     tokens; the best of four is the answer. Each rank scores its share of the examples."""
     with runtime.autocast():
-        counts = hellaswag.count_right(model, examples[runtime.rank :: runtime.world])
-    return hellaswag.Scores(*runtime.sum(*counts))
+        mine = examples[runtime.rank :: runtime.world]
+        counts = hellaswag.count_right(model, mine, runtime.stop)
+    scores = hellaswag.Scores(*runtime.sum(*counts))
+    return None if runtime.stopped else dict(acc=scores.acc, acc_norm=scores.acc_norm)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -672,16 +680,9 @@ def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
     return config, GPT(GPTConfig(*(getattr(config, name) for name in SIZES))), None
 
 
-def evaluate_only(config, model, loader, runtime) -> None:
-    """--eval_only: print the validation loss and samples."""
-    loss, bits = validation_loss(model, loader, config, runtime)
-    say(f"validation loss {loss:.4f} | {bits:.4f} bits per byte")
-    say("\n---\n".join(sample_texts(model, config, 0, 64, runtime)))
-
-
 def main(argv: list[str] | None = None) -> None:
     # What to train, on what, and where.
-    config, model, saved = settle(parse_flags(TrainConfig, __doc__, argv))
+    config, model, saved = settle(parse_flags(TrainConfig, "train_gpt2.py", __doc__, argv))
     runtime = Runtime(config.device, config.dtype)
     first = saved["step"] if saved else 0
     if runtime.least(first) != -runtime.least(-first):  # the smallest and the largest of them
@@ -691,7 +692,8 @@ def main(argv: list[str] | None = None) -> None:
     val_loader = DataLoaderLite(val_shards, config.seq_len, None)
     model.to(runtime.device)
     if config.eval_only:
-        evaluate_only(config, model.eval(), val_loader, runtime)
+        say(text_of("val", validate(model.eval(), val_loader, config, runtime)))
+        say(text_of("sample", sample(model, config, 0, 64, runtime)))
         return runtime.close()
     examples = []
     if config.hellaswag_every:
@@ -702,7 +704,7 @@ def main(argv: list[str] | None = None) -> None:
     compiled = machine.can_compile(config.compile, runtime.device)
     if compiled:  # only model(x); model.forward(x) and model.hidden(x) stay eager
         model.compile(dynamic=False)
-    fits = machine.choose_micro_batch(config, model, compiled, runtime.dtype, runtime.world)
+    fits = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
     fits = runtime.least(fits)  # another rank may have less free memory
     header = describe_run(config, steps, model, compiled, fits, loader, runtime)
     config = replace(config, micro_batch=fits)
@@ -710,26 +712,23 @@ def main(argv: list[str] | None = None) -> None:
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
     saver.restore(saved, steps)
     log = Log(config.out_dir, first, steps, header, runtime.rank)
-    stop = checkpoint.Stop()
     reader = ThreadPoolExecutor(1)  # reads the next batch while the GPU computes
     ahead = reader.submit(loader.batch, first, config, runtime)
-    stopped = False
+    runtime.stop.listen()
 
     for step in range(first, steps + 1):  # `step` updates are done
-        if stopped:
+        if runtime.stopped:
             break
         model.eval()
         if due(config.checkpoint_every, step, steps):
             saver.save(step)
         if due(config.val_every, step, steps):
-            loss, bits = validation_loss(model, val_loader, config, runtime)
-            log("val", step, loss=loss, bits_per_byte=bits)
+            log("val", step, validate(model, val_loader, config, runtime))
         if due(config.hellaswag_every, step, steps):
-            scores = hellaswag_scores(model, examples, runtime)
-            log("hellaswag", step, acc=scores.acc, acc_norm=scores.acc_norm)
-        if due(config.sample_every, step, steps) and runtime.rank == 0:
-            log("sample", step, texts=sample_texts(model, config, step, 32, runtime))
-        if step == steps:
+            log("hellaswag", step, score_hellaswag(model, examples, runtime))
+        if due(config.sample_every, step, steps) and runtime.rank == 0 and not runtime.stop:
+            log("sample", step, sample(model, config, step, 32, runtime))
+        if step == steps or runtime.stopped:
             break
 
         model.train()
@@ -739,7 +738,7 @@ def main(argv: list[str] | None = None) -> None:
         ahead = reader.submit(loader.batch, step + 1, config, runtime)
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
-        loss, norm, stopped = train_step(state, batch, lr, stop, config, runtime)
+        loss, norm = train_step(state, batch, lr, config, runtime)
         # In float16 the norm may overflow, and the scale is halved. It is 1 in other dtypes.
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             raise saver.diverged(step, loss, norm)
@@ -747,12 +746,12 @@ def main(argv: list[str] | None = None) -> None:
         speed = config.batch_tokens / seconds  # tokens per second
         mfu = machine.utilization(model, config.seq_len, speed / runtime.world, runtime.dtype)
         values = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
-        log("train", step, **values, tokens_per_second=speed, mfu=mfu)
+        log("train", step, values | dict(tokens_per_second=speed, mfu=mfu))
 
     log.close()
     saver.close(step)
-    if stopped:
-        say(f"stopped by {stop.signal or 'signal'} after step {step}; --resume continues")
+    if runtime.stopped:
+        say(runtime.stop.last_words(step))
     runtime.close()
 
 

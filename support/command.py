@@ -17,13 +17,18 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten an exception's message to one line; some libraries write a page."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Shorten an exception's message to one line; some libraries write a page, in colors."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+def is_first_rank() -> bool:
+    return os.getenv("RANK", "0") == "0"  # torchrun sets it
 
 
 def say(*args, **options) -> None:
     """Print, on rank 0 only. A full disk or a closed terminal must not end the run."""
-    if os.getenv("RANK", "0") == "0":  # torchrun sets it
+    if is_first_rank():
         with contextlib.suppress(OSError):
             print(*args, **options, flush=True)
 
@@ -40,7 +45,12 @@ def explain(what: str, hint: str = "") -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all other errors here."""
+    """An argument parser whose errors are one line, like all other errors here. `doc` is a
+    command's docstring, of which --help shows the first line."""
+
+    def __init__(self, prog: str, doc: str | None = None, **options):
+        first_line = (doc or "").partition("\n")[0]  # under python -OO there are no docstrings
+        super().__init__(prog, **{"description": first_line, **options})
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all flags)")
@@ -52,12 +62,12 @@ def setting(default, help: str, choices="", least=0):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_flags(config_class: type, description: str, argv: list[str] | None) -> dict:
+def parse_flags(config_class: type, prog: str, doc: str | None, argv: list[str] | None) -> dict:
     """Make a flag of each field of a dataclass -> those that the command line gives, by name.
 
     A field without `setting` has a flag, too, and no help. Raises UserError for bad flags.
     """
-    parser = OneLineParser(description=description.partition("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(prog, doc, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
         options = dict(help=field.metadata.get("help", ""), default=argparse.SUPPRESS)
         if field.type in (bool, bool | None):
@@ -98,14 +108,60 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(re.search(words, f"{type(error).__name__}: {error}", re.IGNORECASE))
 
 
-def run_command(name: str, main: Callable[[], None], if_out_of_memory="") -> None:
+def on_signals(handler: Callable) -> None:
+    """Call `handler` on Ctrl-C, SIGTERM, SIGHUP (the terminal closes) and SIGUSR1 (a cluster's
+    warning of its time limit). What is ignored, as SIGHUP under nohup, stays ignored."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has only the first two
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop_at_once(number, frame) -> None:
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}; nothing new was written")
+
+
+class Stop:
+    """A request to stop, once `listen` was called: true after the first signal.
+
+    The current step is finished first; a second Ctrl-C stops without a checkpoint.
+    """
+
+    def __init__(self):
+        self.signal = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+    def last_words(self, step: int) -> str:
+        """What to say after a run has stopped with `step` steps done."""
+        why = self.signal or "a signal to another rank"
+        left = "--resume continues" if step else "there is no checkpoint yet"
+        return f"stopped by {why} after step {step}; {left}"
+
+    def listen(self) -> None:
+        on_signals(self.on_signal)
+
+    def on_signal(self, number, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt("stopped by a second Ctrl-C, without a checkpoint")
+        if not self.signal and is_first_rank():
+            text = "stopping after this step; Ctrl-C again stops without a checkpoint"
+            with contextlib.suppress(OSError):  # print must not be called in a signal's handler
+                os.write(1, f"\n{signal.Signals(number).name}: {text}\n".encode())
+        self.signal = signal.Signals(number).name
+
+
+def run_command(name: str, main: Callable, if_out_of_memory="") -> None:
     """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
     sys.stdout.reconfigure(errors="replace")  # Windows may write to a file in an old encoding
+    on_signals(stop_at_once)
+    status = 2
     try:
         main()
         return
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted")
+    except KeyboardInterrupt as error:
+        message, status = str(error) or "interrupted", 1
     except UserError as error:
         message = str(error)
     except Exception as error:
@@ -113,7 +169,7 @@ def run_command(name: str, main: Callable[[], None], if_out_of_memory="") -> Non
             raise
         message = f"out of memory; {if_out_of_memory}"
     distributed = "RANK" in os.environ  # torchrun sets it
-    if distributed and os.environ["RANK"] != "0":
+    if not is_first_rank():
         # Most errors reach every rank. Rank 0 reports them, and torchrun ends the others during
         # this sleep, by SIGTERM. A rank that wakes up failed alone, and reports its own error.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -121,5 +177,5 @@ def run_command(name: str, main: Callable[[], None], if_out_of_memory="") -> Non
     with contextlib.suppress(OSError):  # stderr may be on the disk that is full
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     if distributed:
-        os._exit(2)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
-    sys.exit(2)
+        os._exit(status)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
+    sys.exit(status)

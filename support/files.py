@@ -1,10 +1,16 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and folders with one owner."""
 
 import contextlib
 import os
+import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from support.command import UserError, first_line, is_first_rank, say
+
+LOCKS = {}  # folder -> the open file that holds its lock, until this process ends
 
 
 @contextlib.contextmanager
@@ -24,3 +30,34 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)  # after an error
+
+
+def lock_folder(folder: Path) -> None:
+    """Own a folder until this process ends, however it ends; of several ranks, rank 0 owns it.
+
+    Raises UserError if another process does.
+    """
+    folder = folder.resolve()
+    if folder in LOCKS or not is_first_rank():
+        return
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        file = open(folder / "lock", "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        hint = "stop it first, or give another --out_dir"
+        raise UserError(f"{folder} belongs to a run that is not over: {owner}; {hint}") from None
+    except OSError as error:  # some network disks
+        say(f"warning: {folder} cannot be locked ({first_line(error)}): start no other run in it")
+        return
+    LOCKS[folder] = file
+    with contextlib.suppress(OSError):  # on a full disk the lock holds, but has no name
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
+        file.flush()

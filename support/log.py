@@ -101,9 +101,12 @@ class Log:
             self.file = open(path, "ab", buffering=2**20)
         self.record("resume" if first else "header", dict(step=first, **header))
 
-    def __call__(self, kind: str, step: int, **values) -> None:
-        """Record the values, and print them; of training steps, about one a second."""
-        if self.file is None:
+    def __call__(self, kind: str, step: int, values: dict | None) -> None:
+        """Record the values, and print them; of training steps, about one a second.
+
+        None, the values of an evaluation that was left early, is not recorded.
+        """
+        if self.file is None or values is None:
             return
         if (kind, step) not in self.kept:
             self.record(kind, dict(step=step, **values))

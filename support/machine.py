@@ -173,17 +173,25 @@ def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: in
     return per_parameter * parameters + tokens * (activations + logits)
 
 
-def choose_micro_batch(config, model, compiled: bool, dtype: torch.dtype, world: int) -> int:
+def choose_micro_batch(config, model, compiled: bool, resuming: bool, runtime) -> int:
     """--micro_batch, or as many sequences as fit into a GPU's free memory, up to 65,536 tokens.
 
-    Raises UserError, naming a batch that works, if --batch_tokens does not divide evenly.
+    Raises UserError, naming what works, if --batch_tokens does not divide evenly.
     """
-    unit = (config.micro_batch or 1) * config.seq_len * world
+    alone = (config.micro_batch or 1) * config.seq_len
+    unit = alone * runtime.world
     if config.batch_tokens % unit:
-        works = max(1, round(config.batch_tokens / unit)) * unit
         factor = "micro_batch * " if config.micro_batch else ""
         what = f"--batch_tokens {config.batch_tokens} is not a multiple of {factor}"
-        raise UserError(f"{what}seq_len * ranks = {unit}; try {works}")
+        works = max(1, round(config.batch_tokens / unit)) * unit
+        hint = f"try {works}"
+        if resuming:  # the run's batch stays
+            shares = config.batch_tokens // alone if config.batch_tokens % alone == 0 else 0
+            ranks = [str(n) for n in range(1, shares + 1) if shares % n == 0]
+            hint = f"this run can continue on {', '.join(ranks[:8])} ranks"
+            if not shares:
+                hint = "leave out --micro_batch"
+        raise UserError(f"{what}seq_len * ranks = {unit}; {hint}")
     if config.micro_batch:
         return config.micro_batch
     share = config.batch_tokens // unit  # the sequences of a rank
@@ -196,7 +204,7 @@ def choose_micro_batch(config, model, compiled: bool, dtype: torch.dtype, world:
     best = 1
     for n in sizes:
         tokens = n * config.seq_len
-        need = step_bytes(model.config, parameters, tokens, compiled, dtype, world)
+        need = step_bytes(model.config, parameters, tokens, compiled, runtime.dtype, runtime.world)
         if tokens <= 65536 and need <= free:
             best = n
     return best

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 from helpers import ROOT, TINY, losses, make_shards, run
-from night import RECIPE, agent, facts, free_port, recorded, wait_for, workers
+from night import RECIPE, agent, facts, free_port, night, recorded, wait_for, workers
 
 FLAGS = [*TINY, "--max_steps", 60, "--checkpoint_every", 10, "--data", "shards"]
 
