@@ -12,15 +12,16 @@ After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout)
 """
 
 import os
-import signal
+import pickle
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from support import published
 from support.command import UserError, explain, first_line, say
-from support.files import whole_file
+from support.files import lock_folder, whole_file
 
 
 def files(path: Path) -> list[Path]:
@@ -29,22 +30,37 @@ def files(path: Path) -> list[Path]:
 
 
 def read(path: Path) -> dict:
-    """Read what a Saver wrote. Raises UserError for anything else."""
+    """Read what torch.save wrote, if it is plain data. Raises UserError for anything else."""
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path}: give the folder that it is in, with its config.json")
     with explain(f"{path} is not a whole checkpoint"):
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not check the checksums
                 raise ValueError("its checksums are wrong")
-        # Memory-mapped: ranks on one machine share the memory of what they read.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"step", "network", "settings", "model"} <= content.keys():
-            raise ValueError("it lacks some of what a checkpoint has")
-        return content
+        try:
+            # Memory-mapped: ranks on one machine share the memory of what they read.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            what = (
+                f"{path} holds Python objects, as build-nanogpt's checkpoints do, and these could"
+            )
+            hint = "save its weights alone there: torch.save(model.state_dict(), 'weights.pt')"
+            raise UserError(f"{what} run code; {hint}") from None
+        return dict(content)
+
+
+def is_ours(content: dict) -> bool:
+    return {"step", "network", "settings", "model"} <= content.keys()
 
 
 def load(path: Path) -> dict | None:
-    """Read a checkpoint, or a folder's newest one; None if there is none. Raises UserError."""
+    """Read a model's weights, sizes and settings: from a checkpoint, a folder's newest one, or a
+    file with a GPT-2's state dict alone. None if there is no such file. Raises UserError."""
     paths = files(path)
-    return read(paths[-1]) if paths else None
+    if not paths:
+        return None
+    content = read(paths[-1])
+    return content if is_ours(content) else published.from_state_dict(content, paths[-1])
 
 
 def newest(folder: Path) -> dict | None:
@@ -52,10 +68,14 @@ def newest(folder: Path) -> dict | None:
 
     Raises UserError if there are checkpoints and none is whole.
     """
+    if folder.is_dir():
+        lock_folder(folder)  # no other run writes to it from here on
     paths = files(folder)
     for path in reversed(paths):
         try:
             content = read(path)
+            if not is_ours(content):
+                raise UserError(f"{path} is not a whole checkpoint (it lacks some of its parts)")
         except UserError as error:
             say(f"{error}; trying the one before")
             continue
@@ -98,6 +118,7 @@ class Saver:
             return
         with explain(f"--out_dir {self.folder} cannot be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.folder)
         holds_run = (self.folder / "metrics.jsonl").exists() or files(self.folder)
         if holds_run and not header["settings"]["resume"]:
             raise UserError(f"{self.folder} already holds a run; add --resume or change --out_dir")
@@ -169,24 +190,3 @@ class Saver:
         self.save(step)
         if failure := self.writing.result():
             raise UserError(failure)
-
-
-class Stop:
-    """A request to stop early: SIGTERM, Ctrl-C, or SIGUSR1 (a cluster's warning of its time limit).
-
-    The current step is finished first; a second Ctrl-C stops without a checkpoint.
-    """
-
-    def __init__(self):
-        self.signal = ""
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.on_signal)
-
-    def __bool__(self) -> bool:
-        return bool(self.signal)
-
-    def on_signal(self, number, frame) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name

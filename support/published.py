@@ -103,6 +103,50 @@ def read(name_or_folder: str) -> tuple[dict, dict]:
     return sizes, turn(theirs.state_dict())
 
 
+def from_state_dict(content: dict, path: Path) -> dict:
+    """Take a GPT-2's state dict of torch.save -> what a checkpoint of ours has of it.
+
+    torch.compile's and DDP's prefixes of the names go, and OpenAI's matrices are turned. A state
+    dict does not tell the number of heads: they have 64 channels, as in all four published models.
+    Raises UserError if it is something else.
+    """
+    if "model_args" in content:
+        hint = (
+            f"torch.save(torch.load('{path}')['model'], 'weights.pt') makes a file that can be read"
+        )
+        raise UserError(f"{path} is a checkpoint of nanoGPT; {hint}")
+    weights = {}
+    for name, tensor in content.items():
+        name = str(name).removeprefix("module.").removeprefix("_orig_mod.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks of the attention
+            weights[name] = tensor
+    table, positions = "transformer.wte.weight", "transformer.wpe.weight"
+    layers = [name for name in weights if name.endswith(".attn.c_attn.weight")]
+    if not layers or not {table, positions} <= weights.keys():
+        some = ", ".join(sorted(map(str, content))[:4])
+        raise UserError(f"{path} is not a checkpoint, and has no weights of a GPT-2; it has {some}")
+    weights.setdefault("lm_head.weight", weights[table])
+    vocab_size, n_embd = weights[table].shape
+    if weights[layers[0]].shape == (n_embd, 3 * n_embd):
+        weights = turn(weights)
+    what = f"{path} is not a plain GPT-2"
+    if not torch.equal(weights["lm_head.weight"], weights[table]):
+        raise UserError(f"{what}: its lm_head.weight is not its wte.weight")
+    if vocab_size < VOCAB_SIZE or n_embd % 64:
+        raise UserError(f"{what}: it has {vocab_size:,} tokens and {n_embd} channels")
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    names = [f"transformer.h.{i}.{part}" for i in range(len(layers)) for part in parts]
+    names = [
+        f"{name}.{kind}" for name in [*names, "transformer.ln_f"] for kind in ("weight", "bias")
+    ]
+    odd = {*names, table, positions, "lm_head.weight"} ^ weights.keys()
+    if odd:
+        raise UserError(f"{what}: look at its {min(odd)}")
+    sizes = dict(seq_len=len(weights[positions]), vocab_size=vocab_size)
+    sizes |= dict(n_layer=len(layers), n_head=n_embd // 64, n_embd=n_embd)
+    return dict(network=sizes, settings={}, model=weights)
+
+
 def write(folder: str | Path, sizes: dict, weights: dict) -> None:
     """Write weights, without padded rows, and the tokenizer, as transformers reads them.
 
