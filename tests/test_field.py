@@ -1,0 +1,243 @@
+"""What bug reports of other projects' users broke once, kind by kind."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TINY,
+    fake_runtime,
+    losses,
+    make_shards,
+    one_line,
+    records,
+    run,
+    start,
+    their_model,
+)
+from night import LONG, facts, recorded, wait_for
+from safetensors.torch import load_file, save_file
+
+from support import files, machine
+from support.command import UserError
+from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
+
+SIZES = dict(n_positions=16, n_layer=2, n_head=1, n_embd=64)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_shards(tmp_path / "shards")
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------------------------
+# Metadata is believed, the contents are not looked at
+# --------------------------------------------------------------------------------------------------
+
+
+def change_weights(folder):
+    """A head of its own, though config.json says that it is tied (transformers#42612)."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn(50257, 64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_tokenizer(folder):
+    (folder / "vocab.json").write_text(json.dumps({"ein": 0, "anderer": 1}))
+
+
+def change_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["activation_function"] = "relu"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def only_a_pickle(folder):
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+CHANGES = {
+    change_weights: "lm_head.weight is not its wte.weight",
+    change_tokenizer: "does not use GPT-2's tokenizer",
+    change_config: "not a plain GPT-2: look at its activation_function",
+    only_a_pickle: "convert it: python -c .*save_pretrained",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_folder_that_is_not_a_plain_gpt2(folder, change):
+    their_model(**SIZES).save_pretrained("given")
+    change(folder / "given")
+    with pytest.raises(UserError, match=CHANGES[change]):
+        load_model("given")
+
+
+def test_another_vocabulary(folder):
+    """german-gpt2#9, transformers#12842: 21,128 tokens, and an IndexError."""
+    their_model(vocab_size=21128, **SIZES).save_pretrained("given")
+    done = run(folder, *TINY[:2], "--init_from", "given", "--data", "shards")
+    one_line(done, "given has 21,128 tokens.* not use GPT-2's tokenizer")
+
+
+# --------------------------------------------------------------------------------------------------
+# Advice given without knowing the situation
+# --------------------------------------------------------------------------------------------------
+
+
+class Config:
+    """What build-nanogpt pickles beside the weights."""
+
+
+def test_state_dicts_of_others_load(folder):
+    """Weights alone, with torch.compile's prefix, and in OpenAI's layout: the same logits."""
+    theirs = their_model(**SIZES)
+    torch.save(theirs.state_dict(), "theirs.pt")
+    model, settings = load_model("theirs.pt")
+    torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()}, "compiled.pt")
+    tokens = torch.randint(50257, (2, 16))
+    for name in ("theirs.pt", "compiled.pt"):
+        model, settings = load_model(name)
+        assert settings == {} and model.config.n_head == 1
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_files_of_others_are_named(folder):
+    """nanoGPT#325: what it is, and what would load it."""
+    weights = GPT(GPTConfig(seq_len=16, n_layer=1, n_head=1, n_embd=64)).state_dict()
+    torch.save(dict(model=weights, model_args=dict(n_layer=1), iter_num=5), "ckpt.pt")
+    torch.save(dict(model=weights, config=Config(), step=5), "model_00005.pt")
+    torch.save({"other": torch.zeros(1)}, "other.pt")
+    del weights["transformer.h.0.ln_1.bias"]
+    torch.save(weights, "no_bias.pt")
+    save_file({"a": torch.zeros(1)}, "a.safetensors")
+    for name, says in {
+        "ckpt.pt": r"checkpoint of nanoGPT; .*\['model'\]",
+        "model_00005.pt": "Python objects, as build-nanogpt's",
+        "other.pt": "no weights of a GPT-2; it has other",
+        "no_bias.pt": "look at its transformer.h.0.ln_1.bias",
+        "a.safetensors": "give the folder",
+    }.items():
+        with pytest.raises(UserError, match=says) as error:
+            load_model(name)
+        assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_batch(folder):
+    """A run's batch stays: what can change is the number of ranks, or the micro-batch."""
+    model = GPT(GPTConfig(seq_len=32, n_layer=1, n_head=1, n_embd=8))
+    for micro_batch, resuming, says in (
+        (0, True, "continue on 1, 2, 4, 8 ranks"),
+        (2, True, "continue on 1, 2, 4 ranks"),
+        (3, True, "leave out --micro_batch"),
+        (0, False, "try 288"),
+    ):
+        config = TrainConfig(seq_len=32, batch_tokens=256, micro_batch=micro_batch)
+        with pytest.raises(UserError, match=says):
+            machine.choose_micro_batch(config, model, False, resuming, fake_runtime(world=3))
+    config = TrainConfig(seq_len=32, batch_tokens=288)
+    assert machine.choose_micro_batch(config, model, False, False, fake_runtime(world=3)) == 3
+
+
+@pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE", "LOCAL_RANK"]])
+def test_half_of_torchruns_variables(folder, names):
+    done = run(folder, *TINY, **dict.fromkeys(names, "0"))
+    one_line(done, "RANK, LOCAL_RANK and WORLD_SIZE")
+
+
+# --------------------------------------------------------------------------------------------------
+# Shared state has no owner; results vanish
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_and_a_dead_one_holds_nothing(folder):
+    """One folder, one run: the second is told whose it is, and changes nothing."""
+    flags = [*LONG, "--checkpoint_every", 5, "--out_dir", "log"]
+    first = start(folder, *flags)
+    wait_for(lambda: list(folder.glob("log/checkpoint_*.pt")), first)
+    (folder / "log/checkpoint_0000001.pt.1.tmp").write_text("of the first run")
+    for more in (["--resume"], []):
+        second = run(folder, *flags, *more)
+        one_line(second, f"belongs to a run that is not over: process {first.pid} on ")
+    assert (folder / "log/checkpoint_0000001.pt.1.tmp").exists()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    steps = len(losses(folder / "log"))
+    done = run(folder, *flags, "--resume", "--max_steps", steps + 3)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(folder / "log")) == steps + 3
+    assert not list(folder.glob("log/*.tmp"))
+
+
+def test_a_disk_that_cannot_lock(folder, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.lock_folder(folder)
+    assert "warning: " in (said := capsys.readouterr().out) and "No locks available" in said
+    assert folder not in files.LOCKS
+
+
+def test_a_longer_run_keeps_what_was_measured(folder):
+    """Six steps, then eight: validation and samples of step 6 stay, each once."""
+    flags = [*TINY, "--data", "shards", "--val_every", 6, "--sample_every", 6, "--out_dir", "log"]
+    assert run(folder, *flags, "--max_steps", 6).returncode == 0
+    before = records(folder / "log", "val") + records(folder / "log", "sample")
+    assert run(folder, *flags, "--max_steps", 8, "--resume").returncode == 0
+    after = records(folder / "log", "val") + records(folder / "log", "sample")
+    assert [record for record in after if record["step"] <= 6] == before
+    assert [record["step"] for record in after] == [0, 6, 8, 0, 6, 8]
+    facts(folder / "log")  # each step stands once, in order
+
+
+# --------------------------------------------------------------------------------------------------
+# The list of stop signals is short
+# --------------------------------------------------------------------------------------------------
+
+
+def test_an_ignored_signal_stays_ignored(folder):
+    """nohup: the terminal closes, and the run goes on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the new process inherits it
+    process = start(folder, *LONG, "--max_steps", 300)
+    signal.signal(signal.SIGHUP, before)
+    wait_for(recorded(folder / "log", 20), process)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and len(losses(folder / "log")) == 300
+
+
+def test_evaluations_are_left_early(folder):
+    """Ctrl-C during a long validation: a word at once, no record of half of it, a checkpoint."""
+    np.save(folder / "shards/x_val_000000.npy", np.zeros(4_000_000, np.uint16))
+    flags = [*LONG, "--val_every", 40, "--val_tokens", 10**8, "--out_dir", "log", "--resume"]
+    process = start(folder, *flags, "--micro_batch", 1)
+    wait_for(recorded(folder / "log", 0), process)  # the header: validation of step 0 begins
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == 0, said
+    assert "SIGINT: stopping after this step" in said and "no checkpoint yet" in said
+    assert not records(folder / "log", "val")
+
+
+def test_a_signal_before_the_first_step(folder):
+    """One line that says so, by any signal."""
+    os.mkfifo(folder / "slow.txt")  # a text that does not come
+    process = start(folder, *TINY, "--data", "slow.txt")
+    wait_for(lambda: "python" in open(f"/proc/{process.pid}/comm").read(), process)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == "train_gpt2.py: stopped by SIGTERM; nothing new was written"
