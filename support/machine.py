@@ -101,10 +101,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def autocasts_to_bfloat16(device_type: str) -> bool:
-    """Whether this is called under autocast to bfloat16."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return enabled and torch.get_autocast_dtype(device_type) == torch.bfloat16
+def bfloat16_stream(device_type: str) -> bool:
+    """Whether the residual stream should be bfloat16: on a GPU, under autocast to bfloat16.
+
+    A CPU's LayerNorm would add up the gradients of its biases in bfloat16, too, and they came out
+    up to 11% wrong. On a GPU, autocast computes LayerNorm in float32.
+    """
+    gpu = device_type == "cuda" and torch.is_autocast_enabled("cuda")
+    return gpu and torch.get_autocast_dtype("cuda") == torch.bfloat16
 
 
 def can_compile(wanted: bool | None, device: torch.device) -> bool:
