@@ -7,7 +7,8 @@
 The ladder starts from float32, and each rung adds one speedup to those before it. All rungs time
 train_gpt2.py's model and train_step, which have every speedup. So each rung runs in its own process
 and first removes the speedups above it. What remains is the lecture's program at that point: eager
-before "torch.compile", and with whole attention scores in memory before "flash attention". Each
+before "torch.compile", and with whole attention scores in memory before "flash attention". (One
+speedup stays: on a GPU, the rungs from bfloat16 on have the residual stream in bfloat16, too.) Each
 round measures every rung, so a temporary load on the machine affects all of them.
 """
 
@@ -24,10 +25,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import train_gpt2
 from support import machine
-from support.command import OneLineParser, UserError, run_command
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
+from support.command import OneLineParser, UserError, explain, is_out_of_memory, run_command
+from train_gpt2 import GPT, PRESETS, Runtime, TrainConfig, TrainState, train_step
 
 # Each rung, and its milliseconds per step of 16 x 1024 tokens on the lecture's A100.
 RUNGS = {
@@ -52,8 +52,8 @@ def plain_attention(query, key, value, is_causal):
     return scores.masked_fill(future, -torch.inf).softmax(dim=3) @ value  # -> (B, H, T, D)
 
 
-def make_config(args, dtype: str) -> TrainConfig:
-    """Take a preset's model, and a batch of one micro-batch."""
+def make_config(args, enabled: list[str]) -> TrainConfig:
+    """Take a preset's model with the speedups that are settings, and a batch of one micro-batch."""
     micro_batch, seq_len = 16, 1024  # the lecture's
     if args.device == "cpu":
         micro_batch, seq_len = 4, 256
@@ -62,7 +62,9 @@ def make_config(args, dtype: str) -> TrainConfig:
     micro_batch = args.micro_batch or micro_batch
     seq_len = args.seq_len or seq_len
     batch = dict(micro_batch=micro_batch, seq_len=seq_len, batch_tokens=micro_batch * seq_len)
-    speed = dict(device=args.device, dtype=dtype, compile=None, optimizer="adamw")
+    dtype = "auto" if "bfloat16" in enabled else "float32"
+    vocab_size = 50304 if "vocabulary 50304" in enabled else 50257
+    speed = dict(device=args.device, dtype=dtype, compile=None, vocab_size=vocab_size)
     return dataclasses.replace(TrainConfig(**PRESETS[args.network]), **batch, **speed)
 
 
@@ -94,10 +96,10 @@ def peak_memory(runtime) -> int:
 def measure_rung(rung: str, args) -> dict:
     """Time the training steps of a rung, after a warmup -> its figures, or why it is skipped."""
     enabled = list(RUNGS)[: list(RUNGS).index(rung) + 1]
-    config = make_config(args, dtype="auto" if "bfloat16" in enabled else "float32")
+    config = make_config(args, enabled)
     if "freed memory kept" not in enabled:
-        machine.keep_freed_memory = lambda: False  # Runtime calls it on a CPU
-    runtime = train_gpt2.Runtime(config.device, config.dtype)
+        machine.keep_freed_memory = lambda: False  # machine.open_device calls it on a CPU
+    runtime = Runtime(config.device, config.dtype)
     keeps_memory = runtime.device_type == "cpu" and machine.keep_freed_memory()
     ampere = runtime.device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if rung == "TF32" and not ampere:
@@ -116,25 +118,19 @@ def measure_rung(rung: str, args) -> dict:
         adamw = torch.optim.AdamW
         torch.optim.AdamW = lambda *args, fused, **options: adamw(*args, **options)
     torch.manual_seed(config.seed)
-    vocab_size = 50304 if "vocabulary 50304" in enabled else 50257
-    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
-    model = GPT(GPTConfig(config.seq_len, vocab_size, **sizes)).to(runtime.device)
+    model = GPT(config).to(runtime.device)
     compiled = "torch.compile" in enabled and machine.can_compile(config.compile, runtime.device)
     if rung == "torch.compile" and not compiled:
         return {"skipped": "needs a working compiler"}
     if compiled:
         model.compile(dynamic=False)
-    optimizers = train_gpt2.make_optimizers(model, config)
-    # The usual first scale, 65536, could overflow, and such a step is without an update.
-    float16 = runtime.dtype == torch.float16
-    scaler = torch.amp.GradScaler(runtime.device_type, init_scale=1024, enabled=float16)
-
+    state = TrainState(model, config, runtime)
+    if state.scaler.is_enabled():  # from the usual 65536 it may overflow, and skip the update
+        state.scaler = torch.amp.GradScaler(runtime.device_type, init_scale=1024)
     batch = torch.randint(50257, (1, config.micro_batch, config.seq_len + 1)).to(runtime.device)
-
-    def step():
-        train_gpt2.train_step(model, optimizers, scaler, batch, 6e-4, False, config, runtime)
-
-    seconds = median_seconds(step, args.warmup, args.steps, runtime)
+    seconds = median_seconds(
+        lambda: train_step(state, batch, 6e-4, config, runtime), args.warmup, args.steps, runtime
+    )
     return dict(
         ms=1000 * seconds,
         micro_batch=config.micro_batch,
@@ -150,7 +146,7 @@ def measure_rung(rung: str, args) -> dict:
 
 def measure_peak(args) -> dict:
     """Time the product of two large matrices, in bfloat16 if it is fast here -> FLOP/s."""
-    runtime = train_gpt2.Runtime(args.device, "auto")
+    runtime = Runtime(args.device, "auto")
     N = 4096 if runtime.device_type == "cpu" else 8192  # on a GPU 4096 is too short to time
     a, b = torch.randn(2, N, N, device=runtime.device).to(runtime.dtype)
     return {"peak": 2 * N**3 / median_seconds(lambda: a @ b, 2, 6, runtime)}
@@ -247,7 +243,7 @@ def positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = OneLineParser("bench.py", description=__doc__.partition("\n")[0])
+    parser = OneLineParser("bench.py", __doc__)
     add = parser.add_argument
     add("--network", choices=["gpt2", "demo"], default="gpt2", help="which model (default: gpt2)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,15 +262,18 @@ def main(argv: list[str] | None = None) -> None:
         try:
             result = measure_peak(args) if args.only == "peak" else measure_rung(args.only, args)
         except Exception as error:
-            if not machine.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             result = {"skipped": "out of memory; try a smaller --micro_batch"}
         print(json.dumps(result))
         return
+    if args.json and not args.json.parent.is_dir():  # known now, not after ten minutes
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
     result = measure_all(args, argv)
     print_table(result)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        with explain(f"--json {args.json} cannot be written"):
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python plot.py log                          # one run, into curve.png
     python plot.py log log_mine log_yours       # several; seeds share a color
     python plot.py log --x tokens seconds       # the loss over seconds of training, too
+    python plot.py log --y lr grad_norm         # other values that train_gpt2.py logs
     python plot.py log --mark 120=kill 300=kill # with events marked at these steps
-    python plot.py log --no-gpt2                # without GPT-2's figures, for other data
     python plot.py bench.json                   # what bench.py measured, as bars
 
 It needs matplotlib, which the rest of this project does without: pip install matplotlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.command import OneLineParser, UserError, run_command
+from support.command import OneLineParser, UserError, explain, run_command
 
 # OpenAI's GPT-2 (124M): validation loss on FineWeb-Edu (build-nanogpt, play.ipynb), and HellaSwag
 # by mean loss per token (build-nanogpt, hellaswag.py). GPT-3's 124M: GPT-3 paper, by play.ipynb.
@@ -25,40 +25,42 @@ HELLASWAG_LINES = {"GPT-2 (124M)": 0.2955, "GPT-3 (124M)": 0.337, "chance": 0.25
 SMALL = dict(fontsize=8, color="grey")
 # Settings that do not make two runs different, besides all whose names end in _every.
 NOT_IN_LABELS = {"seed", "out_dir", "resume", "device", "micro_batch", "prompt", "preset"}
-# What is read from metrics.jsonl, besides each line's step, by the kind of line.
-COLUMNS = {"train": ("loss", "step_ms"), "val": ("loss",), "hellaswag": ("acc_norm",)}
+KINDS = ("train", "val", "hellaswag")  # the lines of metrics.jsonl that are drawn
 
 
 @dataclass
 class Run:
     settings: dict
-    records: dict[str, dict[str, np.ndarray]]  # kind -> column -> values
-    tokens: np.ndarray  # seen before each step, and after the last
-    seconds: np.ndarray  # of training until then
+    records: dict[str, dict[str, np.ndarray]]  # kind -> column -> a value per line
+    x: dict[str, np.ndarray]  # tokens seen and seconds trained before each step and after the last
+
+
+def read_columns(lines: list[dict]) -> dict[str, np.ndarray]:
+    """Name -> a value per line; NaN where it is absent, null, or not a number."""
+    names = dict.fromkeys(name for line in lines for name in line if name != "kind")
+    columns = {name: [line.get(name) for line in lines] for name in names}
+    for name, values in columns.items():
+        columns[name] = np.array([v if isinstance(v, int | float) else np.nan for v in values])
+    return columns
 
 
 def read_run(path: Path) -> Run:
     """Read the metrics.jsonl of an --out_dir, or one itself. Raises UserError if it is not one."""
     if path.is_dir():
         path = path / "metrics.jsonl"
-    try:
+    with explain(f"{path} is not a run's metrics.jsonl"):
         whole_lines = path.read_text("utf-8").rpartition("\n")[0]  # the last may still be growing
         lines = [json.loads(line) for line in whole_lines.splitlines()]
         settings = lines[0]["settings"]
         settings["data"] = Path(settings["data"]).name
-        records = {}
-        for kind, names in COLUMNS.items():
-            rows = [line for line in lines if line["kind"] == kind]
-            columns = {name: np.array([row[name] for row in rows], float) for name in names}
-            records[kind] = {"step": np.array([row["step"] for row in rows], int), **columns}
-        steps = len(records["train"]["step"])
-        if steps == 0 or records["train"]["step"].tolist() != list(range(steps)):
+        by_kind = {kind: [line for line in lines if line["kind"] == kind] for kind in KINDS}
+        steps = [line["step"] for line in by_kind["train"]]
+        if not steps or steps != list(range(len(steps))):
             raise ValueError("some training steps are missing")
-        tokens = settings["batch_tokens"] * np.arange(steps + 1)
+        records = {kind: read_columns(by_kind[kind]) for kind in KINDS}
+        tokens = settings["batch_tokens"] * np.arange(len(steps) + 1)
         seconds = np.concatenate([[0.0], records["train"]["step_ms"].cumsum() / 1000])
-        return Run(settings, records, tokens, seconds)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is not a run's metrics.jsonl: {error!r}") from None
+        return Run(settings, records, dict(tokens=tokens, seconds=seconds))
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -77,56 +79,68 @@ def draw_reference(panel, name: str, value: float) -> None:
     panel.annotate(f"{name} {value}", (0.02, value), **where, **SMALL)
 
 
-def draw_losses(panel, runs: list[Run], x_name: str, with_gpt2: bool) -> None:
-    names = labels(runs)
-    for i, run in enumerate(runs):
-        train, val = run.records["train"], run.records["val"]
-        first = names.index(names[i])  # of the runs with this name: they share color and label
-        color = f"C{first}"
-        x = getattr(run, x_name)
-        panel.plot(x[:-1], train["loss"], color=color, alpha=0.15, linewidth=0.5)
-        width = max(1, len(train["loss"]) // 50)  # of the window that smooths the curve
-        means = np.convolve(train["loss"], np.full(width, 1 / width), "valid")
-        panel.plot(x[width - 1 : -1], means, color=color, alpha=0.6, linewidth=1)
-        label = names[i] if i == first else None
-        panel.plot(x[val["step"]], val["loss"], "o-", color=color, markersize=4, label=label)
-    if with_gpt2 and all("edu_fineweb" in run.settings["data"] for run in runs):
-        draw_reference(panel, "GPT-2 (124M)", GPT2_LOSS)
-    # Cut off the first twentieth of a run, where the loss is far above the rest.
-    rest = [run.records["train"]["loss"][len(run.tokens) // 20 :] for run in runs]
-    panel.set_ylim(top=np.nanmax(np.concatenate(rest)) + 0.1)
-    panel.set(xlabel=x_name, ylabel="loss (nats)", title="training (thin), validation (dots)")
-    panel.legend()
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The means of windows of 1/50 of the values; those of x are the windows' centers."""
+    width = max(1, len(values) // 50)
+    sums = np.concatenate([[0.0], values.cumsum()])
+    return (sums[width:] - sums[:-width]) / width
 
 
-def draw_hellaswag(panel, runs: list[Run], with_gpt2: bool) -> None:
+def draw_column(panel, runs: list[Run], y_name: str, x_name: str) -> None:
+    """Draw the values of this name: of training steps thin and smoothed, of evaluations as dots.
+    Runs that lack it are left out."""
     names = labels(runs)
+    lines = {}
     for run, name in zip(runs, names, strict=True):
-        scores = run.records["hellaswag"]
-        color = f"C{names.index(name)}"
-        panel.plot(run.tokens[scores["step"]], scores["acc_norm"], "o-", color=color, markersize=4)
-    for name, value in HELLASWAG_LINES.items():
-        if with_gpt2 or name == "chance":
-            draw_reference(panel, name, value)
-    panel.set(xlabel="tokens", ylabel="accuracy (acc_norm)", title="HellaSwag")
+        color = f"C{names.index(name)}"  # runs with the same name share it
+        for kind in (kind for kind in KINDS if y_name in run.records[kind]):
+            columns = run.records[kind]
+            known = np.isfinite(columns[y_name])
+            x = run.x[x_name][columns["step"][known]]
+            y = columns[y_name][known]
+            if kind == "train":
+                panel.plot(x, y, color=color, alpha=0.15, linewidth=0.5)
+                panel.plot(smooth(x), smooth(y), color=color, alpha=0.6, linewidth=1)
+            else:
+                panel.plot(x, y, "o-", color=color, markersize=4)
+            lines[name] = panel.lines[-1]
+    if not lines:
+        there = dict.fromkeys(n for run in runs for kind in KINDS for n in run.records[kind])
+        raise UserError(f"--y {y_name}: no run has it; there are {', '.join(there)}")
+    panel.set(xlabel=x_name, ylabel=y_name)
+    panel.legend(lines.values(), lines.keys())
 
 
-def draw_runs(figure, runs: list[Run], x_names: list[str], marks=(), with_gpt2=True) -> None:
-    """Draw a panel of losses for each x, and one of HellaSwag if a run has scores. `marks` are
-    steps with the texts to write there."""
-    has_scores = any(len(run.records["hellaswag"]["step"]) for run in runs)
-    count = len(x_names) + has_scores
-    figure.set_size_inches(6.4 * count, 4.8)
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    for panel, x_name in zip(panels, x_names, strict=False):
-        draw_losses(panel, runs, x_name, with_gpt2)
-    if has_scores:
-        draw_hellaswag(panels[-1], runs, with_gpt2)
-    for step, text in marks:
-        if step not in range(len(runs[0].tokens)):
-            raise UserError(f"--mark {step}={text}: there is no such step in the first run")
-        for panel, x_name in zip(panels, [*x_names, "tokens"], strict=False):
-            x = getattr(runs[0], x_name)[step]
+def draw_panel(panel, runs: list[Run], y_name: str, x_name: str, with_gpt2: bool) -> None:
+    draw_column(panel, runs, y_name, x_name)
+    if y_name == "loss":
+        if with_gpt2 and all("edu_fineweb" in run.settings["data"] for run in runs):
+            draw_reference(panel, "GPT-2 (124M)", GPT2_LOSS)
+        # Cut off the first twentieth of a run, where the loss is far above the rest.
+        rest = [run.records["train"]["loss"][len(run.x["tokens"]) // 20 :] for run in runs]
+        panel.set_ylim(top=np.nanmax(np.concatenate(rest)) + 0.1)
+        panel.set(ylabel="loss (nats)", title="training (thin), validation (dots)")
+    if y_name == "acc_norm":
+        for name, value in HELLASWAG_LINES.items():
+            if with_gpt2 or name == "chance":
+                draw_reference(panel, name, value)
+        panel.set(ylabel="accuracy (acc_norm)", title="HellaSwag")
+
+
+def draw_runs(figure, runs: list[Run], y_names=(), x_names=("tokens",), marks=(), with_gpt2=True):
+    """Draw a panel for each y over each x: by default of the loss, and HellaSwag's accuracy if a
+    run has it. `marks` are steps of the first run, with the texts to write there."""
+    wanted = [(y_name, x_name) for y_name in y_names or ["loss"] for x_name in x_names]
+    if not y_names and any("acc_norm" in run.records["hellaswag"] for run in runs):
+        wanted.append(("acc_norm", "tokens"))
+    figure.set_size_inches(6.4 * len(wanted), 4.8)
+    panels = figure.subplots(1, len(wanted), squeeze=False)[0]
+    for panel, (y_name, x_name) in zip(panels, wanted, strict=True):
+        draw_panel(panel, runs, y_name, x_name, with_gpt2)
+        for step, text in marks:
+            if step not in range(len(runs[0].x[x_name])):
+                raise UserError(f"--mark {step}={text}: there is no such step in the first run")
+            x = runs[0].x[x_name][step]
             panel.axvline(x, color="grey", linestyle=":", linewidth=1)
             panel.annotate(text, (x, 0.7), xycoords=("data", "axes fraction"), rotation=90, **SMALL)
 
@@ -157,9 +171,10 @@ def mark(text: str) -> tuple[int, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser("plot.py", description=__doc__.partition("\n")[0])
+    parser = OneLineParser("plot.py", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="an --out_dir, or bench.py's --json")
+    add("--y", nargs="+", default=[], metavar="NAME", help="logged values to draw (default: loss)")
     add("--x", nargs="+", choices=["tokens", "seconds"], default=["tokens"], help="the x axes")
     add("--mark", nargs="+", type=mark, default=[], metavar="STEP=TEXT", help="mark events")
     add("--no-gpt2", dest="gpt2", action="store_false", help="leave out GPT-2's own figures")
@@ -169,19 +184,17 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out}: its name must end in .png, .pdf or .svg")
     if len(args.runs) > 1 and any(path.suffix == ".json" for path in args.runs):
         raise UserError("give one bench.py JSON, or several runs")
-    try:
+    with explain("matplotlib cannot be imported", "; pip install matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plot.py needs matplotlib: pip install matplotlib") from None
     figure = Figure(layout="tight")
     if args.runs[0].suffix == ".json":
-        try:
+        with explain(f"{args.runs[0]} is not from bench.py --json"):
             draw_bench(figure, json.loads(args.runs[0].read_text("utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{args.runs[0]} is not from bench.py --json: {error!r}") from None
     else:
-        draw_runs(figure, [read_run(path) for path in args.runs], args.x, args.mark, args.gpt2)
-    figure.savefig(args.out, dpi=120)
+        runs = [read_run(path) for path in args.runs]
+        draw_runs(figure, runs, args.y, args.x, args.mark, args.gpt2)
+    with explain(f"--out {args.out} cannot be written"):
+        figure.savefig(args.out, dpi=120)
     print(f"wrote {args.out}")
 
 

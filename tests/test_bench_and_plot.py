@@ -1,18 +1,16 @@
-"""Test bench.py and plot.py, by their commands and by what they compute."""
+"""Test bench.py, and then plot.py, by their commands and by what they compute."""
 
-import dataclasses
 import itertools
 import json
-import os
 import subprocess
-import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, records, run
+from helpers import TINY, one_line, run
 from matplotlib.figure import Figure
 
 import bench
@@ -23,174 +21,148 @@ from support.command import UserError
 FAST = ["--rounds", "1", "--steps", "1", "--warmup", "1", "--network", "demo", "--device", "cpu"]
 
 
-def command(name, *flags, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, flags)],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# bench.py
-
-
-@pytest.fixture(autouse=True)
-def undo_patches(monkeypatch):
-    """Restore what a rung replaces, since these tests call it in their own process."""
-    attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.AdamW)
-    monkeypatch.setattr(machine, "keep_freed_memory", machine.keep_freed_memory)
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock on which one thing after the other takes 1, 3, 5, ... seconds."""
+def here(monkeypatch):
+    """Measure in this process, on a clock on which the steps take 1, 3, 5, ... seconds."""
     readings = itertools.accumulate(itertools.count())  # 0, 1, 3, 6, 10, 15, ...
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=readings.__next__))
+    functional = torch.nn.functional
+    for module, name in {torch.optim: "AdamW", functional: "scaled_dot_product_attention"}.items():
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(machine, "keep_freed_memory", machine.keep_freed_memory)  # restored later
 
 
 def test_plain_attention_equals_torch_s():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 7, 4)
-    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(bench.plain_attention(q, k, v), fused)
+    inputs = dict(zip(("query", "key", "value"), torch.randn(3, 2, 3, 7, 4), strict=True))
+    fused = torch.nn.functional.scaled_dot_product_attention(**inputs, is_causal=True)
+    torch.testing.assert_close(bench.plain_attention(**inputs, is_causal=True), fused)
 
 
 def test_the_command_measures_and_plots_the_first_rungs(tmp_path):
-    flags = ["--micro_batch", 2, "--until", "torch.compile", "--json", "b.json"]
-    done = command("bench.py", *FAST, *flags, cwd=tmp_path)
+    flags = [*FAST, "--micro_batch", 2, "--until", "torch.compile", "--json", "b.json"]
+    done = run(tmp_path, *flags, script="bench.py", TORCHINDUCTOR_COMPILE_THREADS="1")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "b.json").read_text())
-    names = [rung["name"] for rung in result["rungs"]]
-    assert names[0] == "float32" and "TF32" in result["skipped"]
-    assert {*names, *result["skipped"]} == set(list(bench.RUNGS)[:4])
+    names = {rung["name"] for rung in result["rungs"]}
+    assert names | {*result["skipped"]} == {"float32", "TF32", "bfloat16", "torch.compile"}
     for rung in result["rungs"]:
         assert rung["tokens_per_second"] == pytest.approx(2 * 32 / rung["ms"] * 1000)
         assert rung["name"] in done.stdout and rung["mfu"] is None and rung["memory"] > 2e8
-    # The lecture's A100 took 1000 ms for 16 x 1024 tokens: 4.5% of 312 TFLOP/s.
-    (first,) = [line for line in done.stdout.splitlines() if line.startswith("float32")]
-    assert first.split()[-2:] == ["1000", "4.5%"]
-    done = command("plot.py", "b.json", "--out", "b.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert matplotlib.image.imread(tmp_path / "b.png").std() > 0.05
+    done = run(tmp_path, "b.json", "--out", "b.png", script="plot.py")
+    assert matplotlib.image.imread(tmp_path / "b.png").std() > 0.05, done.stderr
 
 
-def test_rounds_take_turns_and_the_table_is_right(monkeypatch, capsys):
+def test_rounds_take_turns_and_the_table_and_bars_are_right(tmp_path, monkeypatch, capsys):
     """Medians, ratios and MFU are calculated by hand."""
+    times = {"float32": [400, 410, 900], "torch.compile": [300, 330, 310]}
+    times["flash attention"] = [100, 110, 90]
     asked = []
-    ms = iter([400, 300, 100, 410, 330, 110, 900, 310, 90])
-    missing = {"TF32", "bfloat16", "vocabulary 50304", "fused AdamW", "freed memory kept"}
 
     def answer(rung, argv):
         asked.append(rung)
         if rung == "peak":
             return {"peak": 1e12}
-        if rung in missing:
+        if rung not in times:
             return {"skipped": "not here"}
         sizes = dict(micro_batch=8, seq_len=100, flops_per_token=10**8, memory=1)
         about = dict(device="x", device_type="cpu", dtype="float32", published_peak=None)
-        return dict(ms=next(ms), **sizes, **about)
+        return dict(ms=times[rung][asked.count(rung) - 1], **sizes, **about)
 
     monkeypatch.setattr(bench, "run_rung", answer)
-    bench.main(["--rounds", "3", "--measure_peak"])
-    measured = ["peak", "float32", "torch.compile", "flash attention"]
-    assert [rung for rung in asked if rung not in missing] == measured * 3
-    assert sum(rung in missing for rung in asked) == len(missing), "skipped once, skipped always"
+    bench.main(["--rounds", "3", "--measure_peak", "--json", str(tmp_path / "b.json")])
+    assert [rung for rung in asked if rung in ("peak", *times)] == ["peak", *times] * 3
+    assert len(asked) == 3 * 4 + 5, "the other five are skipped once and for all"
     lines = capsys.readouterr().out.splitlines()
     rows = {line[:18].strip(): line[18:].split() for line in lines}
     # 800 tokens in 410 ms are 1951 per second, of 1e8 operations each: 19.5% of 1e12.
     assert rows["float32"][:6] == ["410.0", "400-900", "1,951", "1.00", "1.00", "19.5%"]
     assert rows["torch.compile"][:5] == ["310.0", "300-330", "2,581", "1.32", "1.32"]
     assert rows["flash attention"][:5] == ["100.0", "90-110", "8,000", "3.10", "4.10"]
-    assert rows["flash attention"][-2:] == ["96", "46.8%"]  # the lecture's A100
+    # The lecture's A100 took 96 ms for 16 x 1024 tokens: 46.8% of 312 TFLOP/s.
+    assert rows["flash attention"][-2:] == ["96", "46.8%"]
     assert rows["TF32"] == ["skipped:", "not", "here"]
+    figure = Figure()
+    plot.draw_bench(figure, json.loads((tmp_path / "b.json").read_text()))
+    (panel,) = figure.axes
+    assert [bar.get_width() for bar in panel.patches] == pytest.approx([1, 410 / 310, 4.1])
+    spread = panel.collections[0].get_segments()[2][:, 0]  # of 110 to 90 ms
+    assert spread == pytest.approx([410 / 110, 410 / 90])
 
 
-SEEN = ("dtype", "compiled", "plain_attention", "vocabulary", "fused", "memory_kept")
-RUNG_BY_RUNG = {
-    "float32": (torch.float32, False, True, 50257, None, False),
-    "bfloat16": (torch.bfloat16, False, True, 50257, None, False),
-    "torch.compile": (torch.bfloat16, True, True, 50257, None, False),
-    "flash attention": (torch.bfloat16, True, False, 50257, None, False),
-    "vocabulary 50304": (torch.bfloat16, True, False, 50304, None, False),
-    "fused AdamW": (torch.bfloat16, True, False, 50304, True, False),
-    "freed memory kept": (torch.bfloat16, True, False, 50304, True, True),
-}
+@pytest.mark.parametrize("rung", [rung for rung in bench.RUNGS if rung != "TF32"])
+def test_each_rung_adds_one_speedup(rung, here, monkeypatch, capsys):
+    has = {"float32": True}
 
-
-@pytest.mark.parametrize("rung", RUNG_BY_RUNG)
-def test_each_rung_adds_one_speedup(rung, clock, monkeypatch, capsys):
-    seen = dict(compiled=False, memory_kept=False)
-
-    def look(model, optimizers, *rest):
-        (fused,) = {group["fused"] for group in optimizers[0].param_groups}
+    def look(state, batch, lr, config, runtime):
         attention = torch.nn.functional.scaled_dot_product_attention
-        seen.update(fused=fused, plain_attention=attention is bench.plain_attention)
-        seen.update(vocabulary=model.config.vocab_size, dtype=rest[-1].dtype)
+        has["bfloat16"] = runtime.dtype == torch.bfloat16
+        has["flash attention"] = attention is not bench.plain_attention
+        has["vocabulary 50304"] = {50257: False, 50304: True}[len(state.model.lm_head.weight)]
+        has["fused AdamW"] = all(group["fused"] for group in state.optimizers[0].param_groups)
 
-    def note(name, answer):
-        return lambda *_, **__: seen.update({name: True}) or answer
-
-    monkeypatch.setattr(bench.train_gpt2, "train_step", look)
-    monkeypatch.setattr(bench.GPT, "compile", note("compiled", None))
+    kept = Mock(return_value=True)
+    monkeypatch.setattr(bench, "train_step", look)
+    monkeypatch.setattr(bench.GPT, "compile", Mock())
     monkeypatch.setattr(machine, "can_compile", lambda *_: True)
-    monkeypatch.setattr(machine, "keep_freed_memory", note("memory_kept", True))
+    monkeypatch.setattr(machine, "keep_freed_memory", kept)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     bench.main([*FAST, "--only", rung])
     result = json.loads(capsys.readouterr().out)
     assert result["micro_batch"] == 24 and result["ms"] == 3000.0, "without the warmup"
-    assert tuple(seen[name] for name in SEEN) == RUNG_BY_RUNG[rung]
+    has |= {"torch.compile": bench.GPT.compile.called, "freed memory kept": kept.called}
+    up_to_here = list(bench.RUNGS)[: list(bench.RUNGS).index(rung) + 1]
+    assert {name for name in has if has[name]} == {*up_to_here} - {"TF32"}
 
 
-def test_peak(clock, monkeypatch, capsys):
-    """A product of two N x N matrices is 2 N^3 operations; six of them take 5, 7, ... 15 s."""
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: None)
-    bench.main([*FAST, "--only", "peak"])
-    assert json.loads(capsys.readouterr().out)["peak"] == 2 * 4096**3 / 10
+def test_no_step_in_float16_is_skipped(here, monkeypatch):
+    """GradScaler's own first scale is 65536, from which the first steps may overflow."""
+    step = Mock()
+    monkeypatch.setattr(bench, "train_step", step)
+    monkeypatch.setattr(machine, "choose_dtype", lambda *_: torch.float16)
+    bench.main([*FAST, "--only", "bfloat16"])
+    assert step.call_args.args[0].scaler.scale(torch.ones(())) == 1024
 
 
 def test_a_rung_without_enough_memory_is_skipped(monkeypatch, capsys):
-    """torch or cuBLAS says so, or Linux kills the process. No other error is taken for that."""
-    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
-    errors = iter([torch.OutOfMemoryError("CUDA out of memory"), cublas, RuntimeError("a bug")])
-
-    def fail(*_):
-        raise next(errors)
-
+    """torch says so, or Linux kills the process."""
+    fail = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(bench, "measure_rung", fail)
-    for _ in range(2):
-        bench.main([*FAST, "--only", "float32"])
-        assert "out of memory" in json.loads(capsys.readouterr().out)["skipped"]
-    with pytest.raises(RuntimeError, match="a bug"):
-        bench.main([*FAST, "--only", "float32"])
-    killed = subprocess.CompletedProcess([], -9)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: killed)
+    bench.main([*FAST, "--only", "float32"])
+    assert "out of memory" in json.loads(capsys.readouterr().out)["skipped"]
+    killed = Mock(return_value=subprocess.CompletedProcess([], -9))
+    monkeypatch.setattr(bench.subprocess, "run", killed)
     assert "lack of memory" in bench.run_rung("float32", [])["skipped"]
 
 
-def test_an_error_in_a_rung_s_process_is_one_line():
-    done = command("bench.py", "--device", "nonsense")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("bench.py: --device nonsense")
+def test_the_user_s_errors_are_one_line(tmp_path, monkeypatch):
+    done = run(tmp_path, "--device", "nonsense", script="bench.py")
+    one_line(done, "^bench.py: --device nonsense")  # found by a rung's process
+    monkeypatch.setattr(bench, "measure_all", lambda *_: {})
+    monkeypatch.setattr(bench, "print_table", print)
+    for file, says in {"nosuch/b.json": "there is no folder", ".": "cannot be written"}.items():
+        with pytest.raises(UserError, match=f"--json .*{says}"):
+            bench.main(["--json", str(tmp_path / file)])
 
 
-# --------------------------------------------------------------------------------------------------
-# plot.py
+def make_run(path, **columns) -> plot.Run:
+    """200 steps of 10 tokens and 5 ms, with these columns; resumed once, and killed as it wrote."""
+    settings = dict(data="x", batch_tokens=10, preset=path.name)
+    steps = [dict(kind="train", step=i, loss=1.0, step_ms=5) for i in range(200)]
+    for name, values in columns.items():
+        for record, value in zip(steps, values, strict=True):
+            record[name] = value
+    steps[100:100] = [dict(kind="val", step=100, loss=8.0), dict(kind="resume", settings=settings)]
+    rows = [dict(kind="header", settings=settings), *steps, dict(kind="val", step=200, loss=7.0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')
+    return plot.read_run(path)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plot")
-    flags = [*TINY, "--val_every", 2, "--val_tokens", 160, "--data", ROOT / "input.txt"]
-    done = run(folder, *flags)
-    assert done.returncode == 0, done.stderr
-    return folder / "log"
+def draw(*args, **options) -> list:
+    """The panels of a new figure."""
+    figure = Figure()
+    plot.draw_runs(figure, *args, **options)
+    return figure.axes
 
 
 def dots(panel) -> list[list]:
@@ -198,67 +170,61 @@ def dots(panel) -> list[list]:
     return [line.get_xydata().tolist() for line in panel.lines if line.get_marker() == "o"]
 
 
-def test_runs_are_drawn_as_recorded(folder):
-    one = plot.read_run(folder)
-    seed = dataclasses.replace(one, settings=one.settings | {"seed": 2})
-    muon = dataclasses.replace(one, settings=one.settings | {"optimizer": "muon"})
-    names = ["optimizer adamw", "optimizer adamw", "optimizer muon"]
-    assert plot.labels([one, seed, muon]) == names
-    figure = Figure()
-    plot.draw_runs(figure, [one, seed, muon], ["tokens", "seconds"], [(2, "killed")])
-    tokens, seconds = figure.axes  # no HellaSwag in the records, no panel for it
-    val = [record["loss"] for record in records(folder, "val")]
-    ms = [record["step_ms"] for record in records(folder, "train")]
-    at = [0, sum(ms[:2]) / 1000, sum(ms) / 1000]
-    assert dots(tokens) == [[list(p) for p in zip([0, 256, 512], val, strict=True)]] * 3
-    assert np.allclose(dots(seconds)[0], list(zip(at, val, strict=True)))
-    assert len(tokens.get_legend().texts) == 2
-    marks = [text for panel in figure.axes for text in panel.texts]  # and no GPT-2: other data
-    assert [text.get_text() for text in marks] == ["killed"] * 2
-    assert [text.xy[0] for text in marks] == pytest.approx([256, at[1]])
+def texts(panel_or_legend) -> list[str]:
+    return [text.get_text() for text in panel_or_legend.texts]
 
 
-def test_hellaswag_and_gpt2_s_loss_are_drawn_for_fineweb(folder):
-    run = plot.read_run(folder)
-    run.settings["data"] = "edu_fineweb10B"
-    run.records["hellaswag"] = {"step": np.array([2, 4]), "acc_norm": np.array([0.25, 0.26])}
-    figure = Figure()
-    plot.draw_runs(figure, [run], ["tokens"], [])
-    loss, hellaswag = figure.axes
-    assert [text.get_text() for text in loss.texts] == ["GPT-2 (124M) 3.2924"]
-    assert dots(hellaswag) == [[[256, 0.25], [512, 0.26]]]
-    assert len(hellaswag.texts) == 3
-    plot.draw_runs(figure, [run], ["tokens"], with_gpt2=False)
-    loss, hellaswag = figure.axes[2:]
-    assert not loss.texts and [text.get_text() for text in hellaswag.texts] == ["chance 0.25"]
+def test_losses_and_marks_are_where_they_belong(tmp_path):
+    runs = [make_run(tmp_path / "demo") for _ in range(3)]
+    for one, seed, optimizer in zip(runs, [1, 2, 2], ["adamw", "adamw", "muon"], strict=True):
+        one.settings.update(seed=seed, optimizer=optimizer)
+    tokens, seconds = draw(runs, x_names=["tokens", "seconds"], marks=[(40, "killed")])
+    assert dots(tokens) == [[[1000, 8.0], [2000, 7.0]]] * 3
+    assert np.allclose(dots(seconds), [[[0.5, 8.0], [1.0, 7.0]]] * 3)
+    assert [line.get_color() for line in tokens.lines[:9:3]] == ["C0", "C0", "C2"]  # by optimizer
+    assert texts(tokens.get_legend()) == ["optimizer adamw", "optimizer muon"]
+    assert texts(tokens) == texts(seconds) == ["killed"]  # and no GPT-2: other data
+    assert [tokens.texts[0].xy[0], seconds.texts[0].xy[0]] == pytest.approx([400, 0.2])
 
 
-def test_bars_show_speedup_and_spread():
-    """100 ms, and then 50 ms (40 to 100): once and twice as fast (1 to 2.5)."""
-    rungs = [dict(name="a", ms=100, each_ms=[100], tokens_per_second=1)]
-    rungs.append(dict(name="b", ms=50, each_ms=[40, 50, 100], tokens_per_second=2))
-    figure = Figure()
-    plot.draw_bench(figure, dict(rungs=rungs, micro_batch=1, seq_len=1, network="n", device="d"))
-    (panel,) = figure.axes
-    errors = panel.collections[0].get_segments()
-    assert [bar.get_width() for bar in panel.patches] == [1.0, 2.0]
-    assert [segment[:, 0].tolist() for segment in errors] == [[1.0, 1.0], [1.0, 2.5]]
+def test_any_logged_value_is_drawn_and_smoothed_around_its_steps(tmp_path):
+    """The means of a straight line, drawn in the middle of their windows, are on that line."""
+    values = [None if i % 7 == 3 else 3.0 * i for i in range(200)]  # null: was not finite
+    new = make_run(tmp_path / "new", entropy=values, mfu=[None] * 200)
+    old = make_run(tmp_path / "old", note=["text"] * 200)
+    panels = draw([old, new], ["entropy", "mfu", "note"])
+    raw, smoothed = (line.get_xydata() for line in panels[0].lines)
+    assert raw.tolist() == [[10 * i, 3.0 * i] for i in range(200) if i % 7 != 3]
+    assert 160 < len(smoothed) < len(raw) and np.allclose(smoothed[:, 1], 0.3 * smoothed[:, 0])
+    for panel in panels:  # the other run is left out
+        assert len(panel.lines) == 2 and len(panel.get_legend().texts) == 1
+    with pytest.raises(UserError, match="--y x: no run has it; there are .*loss.*note.*entropy"):
+        draw([old, new], ["loss", "x"])
 
 
-def test_plot_command(folder, tmp_path):
-    done = command("plot.py", folder, "--mark", "2=killed", cwd=tmp_path)
+def test_hellaswag_and_gpt2_s_loss_are_drawn_for_fineweb(tmp_path):
+    one = make_run(tmp_path / "gpt2")
+    one.settings["data"] = "edu_fineweb10B"
+    one.records["hellaswag"] = {"step": np.array([2, 4]), "acc_norm": np.array([0.25, 0.26])}
+    loss, hellaswag = draw([one])
+    assert texts(loss) == ["GPT-2 (124M) 3.2924"]
+    assert dots(hellaswag) == [[[20, 0.25], [40, 0.26]]]
+    assert texts(hellaswag)[1:] == ["GPT-3 (124M) 0.337", "chance 0.25"]
+    assert [texts(panel) for panel in draw([one], with_gpt2=False)] == [[], ["chance 0.25"]]
+
+
+def test_the_command_draws_a_real_run_and_refuses_what_is_none(tmp_path, monkeypatch):
+    run(tmp_path, *TINY, "--val_every", 2, "--val_tokens", 160)
+    flags = ["--y", "loss", "lr", "mfu", "bits_per_byte", "--mark", "2=killed"]
+    done = run(tmp_path, "log", *flags, script="plot.py")
     assert done.returncode == 0 and done.stdout == "wrote curve.png\n", done.stderr
     assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.05
 
-
-def test_plot_refuses_what_it_cannot_draw(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "no_steps").write_text("".join(lines[:2]))
+    lines = (tmp_path / "log/metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "a_step_missing").write_text("".join([*lines[:2], *lines[4:]]))
     (tmp_path / "b.json").write_text("{}")
-    refused = [["nosuch"], ["no_steps"], ["a_step_missing"], ["b.json"], ["b.json", str(folder)]]
-    refused += [[str(folder), "--out", "a.xyz"], [str(folder), "--mark", "5=too late"]]
-    for flags in refused:
+    refused = ["nosuch", "a_step_missing", "b.json", "b.json log", "log --out a.xyz"]
+    for flags in [*refused, "log --out nosuch/a.png", "log --mark 5=late"]:
         with pytest.raises(UserError):
-            plot.main(flags)
+            plot.main(flags.split())
