@@ -152,6 +152,17 @@ class Stop:
         self.signal = signal.Signals(number).name
 
 
+def let_rank_0_speak() -> None:
+    """Wait, on other ranks, before an error is reported.
+
+    Most errors reach every rank, at least as a lost connection to rank 0. Rank 0 reports them, and
+    torchrun ends the others while they sleep here, by SIGTERM. A rank that wakes up failed alone.
+    """
+    if not is_first_rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+
+
 def run_command(name: str, main: Callable, if_out_of_memory="") -> None:
     """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
     sys.stdout.reconfigure(errors="replace")  # Windows may write to a file in an old encoding
@@ -166,16 +177,12 @@ def run_command(name: str, main: Callable, if_out_of_memory="") -> None:
         message = str(error)
     except Exception as error:
         if not is_out_of_memory(error):
+            let_rank_0_speak()
             raise
         message = f"out of memory; {if_out_of_memory}"
-    distributed = "RANK" in os.environ  # torchrun sets it
-    if not is_first_rank():
-        # Most errors reach every rank. Rank 0 reports them, and torchrun ends the others during
-        # this sleep, by SIGTERM. A rank that wakes up failed alone, and reports its own error.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+    let_rank_0_speak()
     with contextlib.suppress(OSError):  # stderr may be on the disk that is full
         print(f"{name}: {message}", file=sys.stderr, flush=True)
-    if distributed:
+    if "RANK" in os.environ:  # torchrun sets it
         os._exit(status)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
     sys.exit(status)
