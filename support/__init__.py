@@ -1,10 +1,14 @@
 """What the tutorial's reader did not come for.
 
-command      flags, settings, and errors that are one line
-files        files that are whole or absent
+command      flags, settings, signals, and errors that are one line
+files        files that are whole or absent, folders with one owner
+texts        documents on disk, in any encoding
 shards       the tokenizer, and shards of tokens
 machine      what a machine can do, and what fits its memory
-checkpoint   what a run leaves behind, and how it continues
+log          what a run records and prints
+checkpoint   checkpoints, and how a run continues from one
+published    models in transformers' format, both ways
+muon         an optimizer beyond the lecture
 
 Imports go down only: the commands import train_gpt2.py, and that imports these.
 """

@@ -72,7 +72,7 @@ def flops_per_token(model, seq_len: int) -> int:
 
 
 def utilization(model, seq_len: int, tokens_per_second: float, dtype: torch.dtype) -> float | None:
-    """The share of a device's peak that its tokens per second take (MFU); None if that is unknown."""
+    """The share of a device's peak that its tokens per second take (MFU); None if unknown."""
     peak = peak_flops(model.lm_head.weight.device, dtype)
     return flops_per_token(model, seq_len) * tokens_per_second / peak if peak else None
 

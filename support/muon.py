@@ -1,4 +1,4 @@
-"""Muon, beyond the lecture ("Muon: An optimizer for hidden layers in neural networks", Jordan, 2024).
+"""Muon, beyond the lecture ("Muon: An optimizer for hidden layers", Jordan, 2024).
 
 The averaged gradient of a matrix, U S V^T, is dominated by a few directions. Muon steps by about
 U V^T, which goes equally far in all of them: five rounds of three small products make the gradient

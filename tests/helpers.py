@@ -173,7 +173,7 @@ def their_twin(content: dict) -> transformers.GPT2LMHeadModel:
 
 
 def their_tokenizer() -> transformers.GPT2TokenizerFast:
-    """transformers' own tokenizer, from the same vocab.bpe; its ids are by the order of the file."""
+    """transformers' own tokenizer, from the same vocab.bpe."""
     lines = (ROOT / "support/vocab.bpe").read_text("utf-8").split("\n")[1:-1]
     printable = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
     names = [*printable, *map(chr, range(256, 324)), *(line.replace(" ", "") for line in lines)]

@@ -1,6 +1,7 @@
-"""What a reader relies on: quiet imports, a true table of contents, no hidden globals."""
+"""What a reader relies on: quiet imports that go down only, true contents, no hidden globals."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -8,26 +9,74 @@ import sys
 import pytest
 from helpers import ROOT
 
-FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")])
-SOURCES = [path for path in FILES if path.parent == ROOT]
+COMMANDS = sorted(ROOT.glob("*.py"))
+SUPPORT = sorted(ROOT.glob("support/*.py"))
+# The one command that each may import.
+MAY_IMPORT = dict(train_gpt2="hellaswag", hellaswag="train_gpt2", fineweb=None, plot=None)
+MAY_IMPORT |= dict(sample="train_gpt2", export="train_gpt2", bench="train_gpt2")
+TOP_LEVEL = {"README.md", "requirements.txt", "pyproject.toml", "input.txt"}
+TOP_LEVEL |= {f"{name}.py" for name in MAY_IMPORT} | {"support", "tests", "runs", "docs"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_importing_executes_nothing(path, tmp_path):
-    """Promise 8: no output, no file, no random number drawn, and no library that takes seconds."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
-        f"import random; before = random.getstate()\n"
-        f"import {path.stem}\n"
-        "slow = {'datasets', 'matplotlib', 'transformers', 'tiktoken'} & set(sys.modules)\n"
-        "assert not slow, slow\n"
-        "assert random.getstate() == before\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+def python(folder, *arguments):
+    """Run python in `folder`, with the project's modules -> subprocess.CompletedProcess."""
+    options = dict(cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    return subprocess.run([sys.executable, *arguments], **options, text=True, check=False)
+
+
+def test_importing_executes_nothing(tmp_path):
+    """No output, no file, no random number drawn, and no library that takes seconds to import."""
+    code = """if True:
+        import importlib, os, random, sys, numpy, torch
+        def states():
+            return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
+        before = states()
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+            slow = {"datasets", "matplotlib", "transformers", "tiktoken"} & set(sys.modules)
+            assert not slow and not os.listdir(), (name, slow)
+            assert states() == before, name
+    """
+    modules = [path.stem for path in COMMANDS] + [f"support.{path.stem}" for path in SUPPORT]
+    done = python(tmp_path, "-B", "-c", code, *modules)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_no_docstrings(tmp_path):
+    code = """if True:
+        import contextlib, importlib, sys
+        for name in sys.argv[1:]:
+            with contextlib.suppress(SystemExit):
+                importlib.import_module(name).main(["--help"])
+    """
+    done = python(tmp_path, "-OO", "-c", code, *MAY_IMPORT)
+    assert re.findall(r"usage: (\w+)\.py", done.stdout) == [*MAY_IMPORT], done.stderr
+
+
+def imports(path) -> set[tuple[str, str]]:
+    """What is imported of this project, and in which function or class ("" if outside of all)."""
+    found = set()
+    for part in ast.parse(path.read_text()).body:
+        for node in ast.walk(part):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                before = f"{'.' * node.level}{node.module}." if hasattr(node, "module") else ""
+                found |= {(before + alias.name, getattr(part, "name", "")) for alias in node.names}
+    ours = {*MAY_IMPORT, "support", ""}  # "" begins a relative import
+    return {(name, where) for name, where in found if name.partition(".")[0] in ours}
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_commands_import_only_what_they_may(path):
+    for name, where in imports(path):
+        module = name.partition(".")[0]
+        assert module in ("support", MAY_IMPORT[path.stem]), name
+        assert module == "support" or path.stem != "hellaswag" or where == "main", where
+
+
+def test_support_imports_only_support():
+    names = {path.stem: {name for name, _ in imports(path)} for path in SUPPORT}
+    assert all(name.startswith("support.") for name in set().union(*names.values())), names
+    assert names["checkpoint"] and not any("machine" in name for name in names["checkpoint"])
 
 
 def test_table_of_contents_matches_the_banners():
@@ -46,7 +95,7 @@ def names_in(node, context=ast.Store) -> set[str]:
     return {name.id for name in names if isinstance(name.ctx, context)}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", COMMANDS + SUPPORT, ids=lambda path: path.name)
 def test_no_function_reads_a_lower_case_global(path):
     """What a function needs it is given: of the module's variables it reads UPPER_CASE ones."""
     tree = ast.parse(path.read_text())
@@ -65,7 +114,17 @@ def test_no_function_reads_a_lower_case_global(path):
         assert not any(isinstance(node, ast.Global) for node in ast.walk(function))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_no_line_is_above_100_columns(path):
-    lines = path.read_text().splitlines()
-    assert not [number for number, line in enumerate(lines, 1) if len(line) > 100]
+def test_the_tutorial_is_short_and_its_folder_holds_what_it_should():
+    source = (ROOT / "train_gpt2.py").read_text()
+    (main,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "main"]
+    assert len(source.splitlines()) <= 760 and main.end_lineno - main.lineno < 75
+    git = ["git", "-C", str(ROOT), "ls-files"]
+    files = subprocess.run(git, capture_output=True, text=True, check=False).stdout.splitlines()
+    top = {file.partition("/")[0] for file in files if not file.startswith(".")}
+    assert top in (TOP_LEVEL, set()), "set() without a repository"
+
+
+def test_no_line_is_above_100_columns():
+    for path in [*COMMANDS, *SUPPORT, *ROOT.glob("tests/*.py")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{path}:{number}"
