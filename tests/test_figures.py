@@ -110,12 +110,20 @@ def test_share_of_training():
     says(f"{few} GB with one shard of 1M tokens and {many} GB with twenty of 50M")
 
 
-def test_sampling():
-    measured = dict(numbers("sampling-cpu", r"^4 x (\d+): ([\d.]+) times as fast"))
-    says(f"{measured[32]:.1f} times as fast for 4 x 32 tokens")
-    says(f"{measured[256]:.1f} times as fast for 4 x 256")
-    for line in (RUNS / "sampling-cpu" / "result.txt").read_text().splitlines():
-        folder_says("sampling-cpu", line)
+def test_h200():
+    """The table is speed.json's; README.md's status quotes it."""
+    rows = json.loads((RUNS / "h200" / "speed.json").read_text())
+    shown = 0
+    for row in rows:
+        memory = row.get("peak_gb") or row.get("peak_mem_gb")
+        if memory:
+            cells = f"| {row['ms_per_step']:,.1f} | {row['tokens_per_s']:,} | {memory:.1f} |"
+            shown += words(cells) in words((RUNS / "h200/README.md").read_text())
+    assert shown == 9
+    speed = {row["name"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
+    says(f"trained at {round(speed['ours_c64'], -3):,} tokens/s (MFU 45%)")
+    says(f"with torch.compile made {round(speed['build_nanogpt_compile'], -3):,}")
+    says(f"llm.c {round(speed['llmc_cuda_cudnn_r0_ge0'], -3):,} on the same card")
 
 
 def test_fineweb():
@@ -254,7 +262,7 @@ def test_flags():
     known = {"--index-url", "--reverse"}  # pip's and git's
     known |= {f"--{field.name}" for field in dataclasses.fields(train_gpt2.TrainConfig)}
     known |= {"--no-compile", "--help"}
-    for script in ("fineweb.py", "hellaswag.py", "bench.py", "plot.py"):
+    for script in ("fineweb.py", "hellaswag.py", "sample.py", "bench.py", "plot.py"):
         known |= set(re.findall(r'add(?:_argument)?\("(--\w+)', (ROOT / script).read_text()))
     known |= {name for action in get_args_parser()._actions for name in action.option_strings}
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - known
@@ -286,19 +294,20 @@ def test_exercises():
 
 @pytest.mark.parametrize("preset", train_gpt2.PRESETS)
 def test_micro_batch_table(preset, monkeypatch):
-    """The last five columns of the presets are what machine.py chooses on one GPU of that size."""
+    """The last five columns of the presets are what support/machine.py chooses on such a GPU."""
     config = train_gpt2.TrainConfig(**train_gpt2.PRESETS[preset])
     sizes = {name: getattr(config, name) for name in ("seq_len", "n_layer", "n_head", "n_embd")}
     with torch.device("meta"):
         model = train_gpt2.GPT(train_gpt2.GPTConfig(**sizes))
     count = sum(p.numel() for p in model.parameters())
-    cpu = torch.device("cpu")
-    gpu = SimpleNamespace(world=1, device_type="cuda", device=cpu, dtype=torch.bfloat16)
+    on_gpu = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    model = SimpleNamespace(config=model.config, parameters=model.parameters, lm_head=on_gpu)
+    gpu = SimpleNamespace(world=1, dtype=torch.bfloat16)
     shown = []
     for gigabytes in (16, 24, 40, 80, 141):
         free = gigabytes * 10**9
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        rows = machine.choose_micro_batch(config, model, True, gpu)
+        rows = machine.choose_micro_batch(config, model, True, False, gpu)
         need = machine.step_bytes(model.config, count, rows * config.seq_len, True, gpu.dtype)
         shown.append(str(rows) if need <= 0.9 * free else "-")
     (row,) = re.findall(rf"^\| `{preset}` \|.*$", README, re.MULTILINE)
