@@ -16,6 +16,8 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from support import files
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt2.py"
 
@@ -179,3 +181,9 @@ def their_tokenizer() -> transformers.GPT2TokenizerFast:
     names = [*printable, *map(chr, range(256, 324)), *(line.replace(" ", "") for line in lines)]
     vocab = {name: i for i, name in enumerate([*names, "<|endoftext|>"])}
     return transformers.GPT2TokenizerFast(vocab=vocab, merges=[tuple(l.split()) for l in lines])
+
+
+def release_locks() -> None:
+    """Give up the folders that this process owns, as its end would."""
+    while files.LOCKS:
+        files.LOCKS.popitem()[1].close()

@@ -1,5 +1,6 @@
 """What can happen in a night: signals, kills, damage, full disks. The run goes on or says why."""
 
+import math
 import os
 import pickle
 import shutil
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SCRIPT, TINY, losses, make_shards, records, run
+from helpers import SCRIPT, TINY, losses, make_shards, records, release_locks, run
 from night import LONG, RUN, STEPS, copy, facts, night, quiet_run, recorded, wait_for
 
 from support import checkpoint
+from support.command import UserError
+from support.log import Log
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def quiet(tmp_path_factory) -> Path:
     return quiet_run(tmp_path_factory.mktemp("night"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_signal_then_resume(quiet, name):
     """A signal lets the step finish, leaves a checkpoint and exit status 0; what follows is as if
     it had not come."""
@@ -33,6 +36,7 @@ def test_signal_then_resume(quiet, name):
     process.send_signal(getattr(signal, name))
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0, said
+    assert f"{name}: stopping after this step" in said
     assert f"stopped by {name} after step" in said and "--resume" in said
     steps = len(losses(folder))
     assert torch.load(max(folder.glob("*.pt")), weights_only=True)["step"] == steps < STEPS
@@ -40,6 +44,74 @@ def test_signal_then_resume(quiet, name):
         done = run(quiet, *RUN, "--out_dir", name, "--resume")
         assert done.returncode == 0, done.stderr
         assert facts(folder) == facts(quiet / "quiet")
+
+
+def test_a_second_ctrl_c_does_not_wait(quiet):
+    """Not for the step, which takes minutes here, and not for a checkpoint."""
+    flags = [*LONG, "--batch_tokens", 16 * 200_000, "--micro_batch", 8, "--out_dir", "impatient"]
+    process = night(quiet, *flags)
+    wait_for(recorded(quiet / "impatient", 0), process)  # the header
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    said = process.stdout.readline()
+    while "SIGINT: stopping after this step" not in said:
+        said = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == 1
+    assert "train_gpt2.py: stopped by a second Ctrl-C, without a checkpoint" in said
+    assert not list((quiet / "impatient").glob("checkpoint_*"))
+
+
+class Part:
+    """The least that a Saver can save."""
+
+    def state_dict(self):
+        return {"transformer.wte.weight": torch.zeros(1)}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def saver(folder, epoch_sequences=50) -> checkpoint.Saver:
+    settings = dict(out_dir=str(folder), resume=True)
+    header = dict(settings=settings, network={}, epoch_sequences=epoch_sequences)
+    return checkpoint.Saver({"model": Part()}, header, 0)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    """Other data, or a run that is over: the checkpoint is not loaded."""
+    saver(tmp_path).close(7)
+    saved = checkpoint.newest(tmp_path)
+    saver(tmp_path).restore(saved, steps=7)
+    with pytest.raises(UserError, match="data has changed"):
+        saver(tmp_path, epoch_sequences=51).restore(saved, steps=7)
+    with pytest.raises(UserError, match="from step 7, but this run ends at step 6"):
+        saver(tmp_path).restore(saved, steps=6)
+
+
+def test_a_last_checkpoint_that_failed_is_tried_again(tmp_path, monkeypatch):
+    """There was no room for it, and by the end of the run there is."""
+    full = saver(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+        full.save(7)
+        assert "no room" in full.writing.result()
+    full.close(7)
+    assert checkpoint.newest(tmp_path)["step"] == 7
+
+
+def test_the_time_left(tmp_path, capsys):
+    """Step 3 of 10 took two seconds: six more take twelve. Values of one's own are recorded."""
+    log = Log(str(tmp_path), 0, 10, {}, 0)
+    values = dict(loss=1.5, lr=1e-3, grad_norm=math.inf, step_ms=2000.0, tokens_per_second=64.0)
+    log("train", 3, values | dict(mfu=None, mine=7))
+    line = capsys.readouterr().out
+    assert "step     3/10 | loss 1.5000 | lr 1.00e-03 | norm inf | 2000 ms | 64 tokens/s" in line
+    assert line.endswith("| 0:00:12 left\n")
+    log.close()
+    (record,) = records(tmp_path, "train")
+    assert (record["mine"], record["grad_norm"]) == (7, None)  # JSON has no infinity
 
 
 def test_resume_takes_settings_from_the_checkpoint(quiet):
@@ -100,6 +172,7 @@ def test_damaged_checkpoints(quiet, capsys):
         damage(folder / "checkpoint_0000160.pt", how)
         assert checkpoint.newest(folder)["step"] == 120
         assert "checkpoint_0000160.pt is not a whole checkpoint" in capsys.readouterr().out
+    release_locks()
     done = run(quiet, "--out_dir", folder.name, "--resume")
     assert done.returncode == 0, done.stderr
     assert "checkpoint_0000160.pt is not a whole checkpoint" in done.stdout
@@ -167,7 +240,7 @@ def test_output_that_cannot_be_written(quiet):
         (quiet / "unsaid/checkpoint_0000160.pt").unlink()  # to be made again, by --resume
     flags = ["--max_steps", 1, "--sample_every", 1, "--prompt", "\N{SNOWMAN}"]
     done = run(quiet, *RUN, *flags, "--out_dir", "ascii", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "sample at step 1\n?" in done.stdout, done.stderr
+    assert done.returncode == 0 and "samples\n?" in done.stdout, done.stderr
 
 
 def test_folder_deleted_while_running(quiet):

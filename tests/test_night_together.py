@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import losses, run
+from helpers import ROOT, losses, run
 from night import RUN, agent, copy, free_port, night, quiet_run, recorded, wait_for, workers
 
 
@@ -45,3 +45,19 @@ def test_two_machines(quiet):
     said = [each.communicate(timeout=120)[0] for each in agents]
     assert [each.returncode for each in agents] == [0, 0], said
     np.testing.assert_allclose(losses(quiet / "machines"), losses(quiet / "quiet"), atol=1e-4)
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(quiet):
+    """Two machines without a shared --out_dir: each rank finds its own newest checkpoint."""
+    script = quiet / "apart.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_gpt2\nfrom support.command import run_command\n"
+        "out = ['--out_dir', 'mine' + os.environ['RANK'], '--resume']\n"
+        "run_command('x', lambda: train_gpt2.main(sys.argv[1:] + out))\n"
+    )
+    copy(quiet, "mine0")
+    (copy(quiet, "mine1") / "checkpoint_0000160.pt").unlink()
+    done = run(quiet, "--device", "cpu", script=script, processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("x: the ranks found different checkpoints") == 1, done.stderr
