@@ -16,8 +16,6 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from support import files
-
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt2.py"
 
@@ -185,5 +183,7 @@ def their_tokenizer() -> transformers.GPT2TokenizerFast:
 
 def release_locks() -> None:
     """Give up the folders that this process owns, as its end would."""
+    from support import files  # here, because tests/ alone is on the path of torchrun's scripts
+
     while files.LOCKS:
         files.LOCKS.popitem()[1].close()
