@@ -144,9 +144,11 @@ class Saver:
                 state["param_groups"] = part.state_dict()["param_groups"]
             if state:  # a scaler that was not in use has none
                 part.load_state_dict(state)
-        changed = sorted(self.header["settings"].items() - saved["settings"].items())
+        before = saved["settings"]
+        now = self.header["settings"]
+        changed = {k: v for k, v in now.items() if k in before and before[k] != v}
         if changed:
-            say(f"changed on --resume: {dict(changed)}")
+            say(f"changed on --resume: {changed}")
         self.saved = saved["step"]
 
     def save(self, step: int) -> None:
