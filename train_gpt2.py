@@ -1,14 +1,14 @@
 """Reproduce GPT-2 (124M) in one script: the model, the data, the optimizer and the training run.
 
 It follows the lecture "Let's reproduce GPT-2 (124M)" (https://www.youtube.com/watch?v=l8pRSuU81PU).
-Read it from top to bottom: each section uses only what comes before it, but for the names imported
-from support/, and its banner names the chapters of the lecture that it covers.
+Read it from top to bottom: each section uses only what comes before it, and what it imports from
+support/. Its banner names the chapters of the lecture that it covers.
 
     python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
     python train_gpt2.py --preset gpt2                      # one GPU (15 hours on an A100)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs
-    python sample.py --model log --prompt "Once upon a time"  # what a run has learned
+    python sample.py --model log --prompt "Once upon a time"  # text by the model of a run
 
 Contents: 1. the network, 2. sampling, 3. settings, 4. the machine, 5. the data, 6. the optimizer
 and its schedule, 7. the training step, 8. evaluation, 9. the run.
@@ -23,7 +23,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +89,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
         heads = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
         q, k, v = (z.view(heads).transpose(1, 2) for z in (q, k, v))  # (B, T, C) -> (B, H, T, D)
-        # Written out: scores q k^T / sqrt(D), -inf above the diagonal, so that no token sees later
-        # ones, a softmax over each row, and that times v (plain_attention in bench.py). A sum of D
-        # products grows like sqrt(D); dividing by it keeps the softmax soft. FlashAttention (2022)
-        # computes this block by block and never writes the (B, H, T, T) scores to memory.
+        # softmax(q k^T / sqrt(D) + mask) v; the mask is -inf for later tokens (plain_attention in
+        # bench.py). A sum of D products grows like sqrt(D); dividing by it keeps the softmax soft.
+        # FlashAttention (2022) goes tile by tile and never stores the (B, H, T, T) scores.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C): the heads side by side
         return self.c_proj(y)  # mixes what the heads found: (B, T, C) -> (B, T, C)
@@ -154,9 +153,9 @@ class GPT(nn.Module):
         """Initialize the weights from torch's global generator (see torch.manual_seed).
 
         weight                      standard deviation   why
-        of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C), 0.036 for
-                                                         124M, so that a layer's output is about as
-                                                         large as its input
+        of Linear and Embedding     0.02                 GPT-2's code; of the order of 1 / sqrt(C),
+                                                         which would keep a layer's output as large
+                                                         as its input (0.036 for 124M)
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add to the
                                                          stream, and its variance should not grow
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
@@ -174,8 +173,8 @@ class GPT(nn.Module):
         """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
-        # Autocast makes the blocks' outputs bfloat16. On a GPU, the stream that they are added to
-        # becomes so, too: half the memory traffic, and 4% faster on an H200.
+        # Under bfloat16 autocast, the blocks' outputs are bfloat16. On a GPU the stream is, too (not
+        # in the lecture): half the memory traffic, and 4% faster on an H200.
         x = x.bfloat16() if machine.bfloat16_stream(x.device.type) else x
         for block in self.transformer.h:
             x = block(x)
@@ -204,8 +203,8 @@ class GPT(nn.Module):
         """Load a published model (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a transformers folder.
 
         The vocabulary stays unpadded: GPT-2's logits are around -35, so an added row of zeros, with
-        its logit of 0, would win every softmax. support/published.py turns OpenAI's matrices, which
-        are stored as (in, out), and raises UserError if it is not a plain GPT-2.
+        its logit of 0, would win every softmax. support/published.py transposes OpenAI's matrices,
+        which are stored as (in, out), and raises UserError if it is not a plain GPT-2.
         """
         sizes, weights = published.read(name_or_folder)
         model = cls(GPTConfig(**sizes))
@@ -246,8 +245,9 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
 # --------------------------------------------------------------------------------------------------
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
-# Every setting is one line: a default, a flag, its help and its source. First wins: a flag; what
-# was loaded (by --resume all settings, by --init_from the model's sizes); the preset; the default.
+# Every setting is one line: a default, a flag, its help and its source; setting() is a dataclass
+# field with these. A flag wins over what was loaded (by --resume all settings, by --init_from the
+# model's sizes), that over the preset, and that over the default.
 
 
 @dataclass(frozen=True)
@@ -304,8 +304,8 @@ PRESETS = {
     | dict(learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n", compile=False)
     | dict(sample_every=500, hellaswag_every=0, checkpoint_every=0, data=str(HERE / "input.txt")),
 }
-SIZES = tuple(size.name for size in fields(GPTConfig))  # no flag can change these in a model
-FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # or these in a run
+SIZES = tuple(size.name for size in fields(GPTConfig))
+FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # what --resume cannot change
 
 
 def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfig:
@@ -350,8 +350,8 @@ class Runtime:
         if len(values) not in (0, 3):
             raise UserError("set all of RANK, LOCAL_RANK and WORLD_SIZE, as torchrun does, or none")
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
-        self.stop = Stop()  # whether a signal asks this rank to stop
-        self.stopped = False  # whether one has asked any rank, as of the last `sum`
+        self.stop = Stop()  # true after a signal to this rank
+        self.stopped = False  # true after a signal to any rank: `sum` finds out
         if device == "auto" and torch.cuda.is_available():
             device = "cuda"
         elif device == "auto":
@@ -368,12 +368,12 @@ class Runtime:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
 
     def autocast(self):
-        """Matrix products in self.dtype; weights, sums, norms and softmax stay in float32."""
+        """Matrix products in self.dtype; weights, norms and softmax stay in float32."""
         half = self.dtype != torch.float32
         return torch.autocast(self.device_type, self.dtype) if half else nullcontext()
 
     def sum(self, *values) -> list[float]:
-        """Sum each value, a number or a scalar on the device, over all ranks.
+        """Sum each value, a number or a scalar on the device, over all ranks; agree on `stopped`.
 
         Python waits here for the GPU and the other ranks, so pass all values in one call.
         """
@@ -382,7 +382,7 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(total)
         *sums, stops = total.tolist()
-        self.stopped = stops > 0  # so all ranks stop at the same place
+        self.stopped = stops > 0
         return sums
 
     def least(self, value: int) -> int:
@@ -400,8 +400,7 @@ class Runtime:
         """End the run; with several ranks, end this process."""
         if self.world > 1:
             dist.destroy_process_group()
-            # Returning would free the DDP model, which joins gloo's threads while it holds the GIL.
-            # One of them may be waiting for the GIL, and then the process hangs.
+            # A normal exit may deadlock: freeing DDP joins gloo's threads while holding the GIL.
             os._exit(0)
 
     def to_device(self, tokens):
@@ -417,7 +416,7 @@ class Runtime:
 # fineweb.py writes shards of 10^8 tokens. A sequence is T = 1024 tokens and one more, since each
 # token's target is the next one. So a shard has (10^8 - 1) // 1024 = 97,656 sequences; the 99
 # training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512. (The lecture
-# takes 10^10 / 2^19 = 19,073 steps: its last 279 read the beginning again.)
+# takes 10^10 / 2^19 = 19,073 steps: some 350 of them read the beginning again.)
 
 
 @functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
@@ -453,7 +452,7 @@ class DataLoaderLite:
             if left < self.counts[number]:  # it is in this shard
                 break
             left -= self.counts[number]  # it comes after this shard
-        # The shards' key is (epoch,), a shard's (epoch, 1 + number): numpy ignores a 0 at the end.
+        # 1 + number, because numpy ignores a 0 at the end: shard 0 would share the shards' own key.
         order = shuffled(self.counts[number], self.seed, epoch, 1 + number)
         first = order[left] * self.seq_len
         shard = self.shards[number]
@@ -544,7 +543,7 @@ class TrainState:
         self.optimizers = make_optimizers(model, config)
         float16 = runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=float16)
-        # Only the step calls the wrapper: no "module." in names, and one rank can sample alone.
+        # Only train_step uses the wrapper: names have no "module.", and rank 0 can sample alone.
         self.ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
 
     def parts(self) -> dict:
@@ -554,10 +553,8 @@ class TrainState:
 
 
 def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
-    """One step -> the mean loss of the whole batch, and the gradient's norm before clipping.
-
-    If the loss or the norm is not finite, the update is skipped: it would destroy the weights.
-    """
+    """One step -> the mean loss of the whole batch, and the gradient's norm before clipping. If one
+    is not finite, the update is skipped: it would destroy the weights."""
     inputs, targets = batch[..., :-1], batch[..., 1:]  # (micro-steps, B, T) each
     mean_loss = 0.0
     for m in range(len(batch)):
@@ -575,8 +572,8 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
             group["lr"] = lr
     # One bad batch should not throw the model off, so the gradient's norm is capped.
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
-    # Until here Python has only queued work. Now it asks for numbers and waits until the GPU has
-    # them. Timing a step needs no torch.cuda.synchronize, and nothing else in a step waits.
+    # So far Python has only queued work; here it waits for the GPU. So timing a step needs no
+    # torch.cuda.synchronize. (The update below is queued, and timed with the next step.)
     loss, norm = (total / runtime.world for total in runtime.sum(mean_loss, norm))
     for optimizer in state.optimizers:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -603,7 +600,7 @@ def validate(model, loader, config, runtime) -> dict | None:
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0
-    B = config.micro_batch or 8  # --eval_only chooses none
+    B = config.micro_batch or 8  # --eval_only has not chosen one
     for first in range(runtime.rank * B, end, runtime.world * B):
         if runtime.stop:
             break
@@ -611,7 +608,7 @@ def validate(model, loader, config, runtime) -> dict | None:
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         count += rows[:, 1:].numel()
         rows = runtime.to_device(rows)
-        # torch.compile would compile again for a shorter batch, and model.forward bypasses it.
+        # A shorter last batch would be compiled again; model.forward is eager.
         forward = model if len(rows) == B else model.forward
         with runtime.autocast():
             nats += forward(rows[:, :-1], rows[:, 1:]) * rows[:, 1:].numel()
@@ -645,14 +642,16 @@ def score_hellaswag(model, examples, runtime) -> dict | None:
 # support/log.py prints and records; support/checkpoint.py writes what a run can continue from.
 
 
+def build(sizes: dict, weights: dict) -> GPT:
+    model = GPT(GPTConfig(**sizes))
+    model.load_state_dict(weights)
+    return model
+
+
 def load_model(source: str) -> tuple[GPT, dict]:
     """Load one of our checkpoints, or a model of transformers -> it, and its run's settings."""
-    content = checkpoint.load(Path(source))
-    if content is None:
-        return GPT.from_pretrained(source), {}
-    model = GPT(GPTConfig(**content["network"]))
-    model.load_state_dict(content["model"])
-    return model, content["settings"]
+    content = checkpoint.load(source)
+    return build(content["network"], content["model"]), content["settings"]
 
 
 def due(every: int, step: int, steps: int) -> bool:
@@ -660,29 +659,30 @@ def due(every: int, step: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
-def settle(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
+def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
     """Flags -> all settings, the model to train, and the checkpoint to resume, if there is one."""
     saved = checkpoint.newest(Path(flags.get("out_dir", "log"))) if flags.get("resume") else None
-    if saved:
-        model = GPT(GPTConfig(**saved["network"]))
-        model.load_state_dict(saved["model"])
-        return make_config(flags, saved["network"] | saved["settings"], FIXED), model, saved
-    if flags.get("init_from"):
-        model, settings = load_model(flags["init_from"])
-        loaded = asdict(model.config)
+    if not saved and not flags.get("init_from"):
         if flags.get("eval_only"):
-            loaded |= {name: settings[name] for name in ("data", "prompt") if name in settings}
-        less = flags.get("seq_len", 0) <= model.config.seq_len  # a model may look back less far
-        fixed = tuple(name for name in SIZES if not (name == "seq_len" and less))
-        return make_config(flags, loaded, fixed), model, None
-    config = make_config(flags, {}, ())
-    torch.manual_seed(config.seed)
-    return config, GPT(GPTConfig(*(getattr(config, name) for name in SIZES))), None
+            raise UserError("--eval_only needs --init_from, or --resume and a checkpoint")
+        config = make_config(flags, {}, ())
+        torch.manual_seed(config.seed)
+        return config, GPT(GPTConfig(*(getattr(config, name) for name in SIZES))), None
+    content = saved or checkpoint.load(flags["init_from"])
+    loaded, fixed = content["network"] | content["settings"], FIXED
+    if not saved:
+        kept = ("data", "prompt") if flags.get("eval_only") else ()
+        loaded = content["network"] | {k: v for k, v in content["settings"].items() if k in kept}
+        shorter = flags.get("seq_len", 0) <= loaded["seq_len"]  # a model may look back less far
+        fixed = tuple(name for name in content["network"] if name != "seq_len" or not shorter)
+    config = make_config(flags, loaded, fixed)
+    sizes = {name: getattr(config, name) for name in SIZES} | content["network"]
+    return config, build(sizes, content["model"]), saved
 
 
 def main(argv: list[str] | None = None) -> None:
     # What to train, on what, and where.
-    config, model, saved = settle(parse_flags(TrainConfig, "train_gpt2.py", __doc__, argv))
+    config, model, saved = load_settings(parse_flags(TrainConfig, "train_gpt2.py", __doc__, argv))
     runtime = Runtime(config.device, config.dtype)
     first = saved["step"] if saved else 0
     if runtime.least(first) != -runtime.least(-first):  # the smallest and the largest of them
@@ -704,10 +704,10 @@ def main(argv: list[str] | None = None) -> None:
     compiled = machine.can_compile(config.compile, runtime.device)
     if compiled:  # only model(x); model.forward(x) and model.hidden(x) stay eager
         model.compile(dynamic=False)
-    fits = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
-    fits = runtime.least(fits)  # another rank may have less free memory
-    header = describe_run(config, steps, model, compiled, fits, loader, runtime)
-    config = replace(config, micro_batch=fits)
+    micro_batch = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
+    micro_batch = runtime.least(micro_batch)  # another rank may have less free memory
+    header = describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
+    config = replace(config, micro_batch=micro_batch)  # after the header: --resume chooses again
     state = TrainState(model, config, runtime)
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
     saver.restore(saved, steps)
@@ -724,7 +724,7 @@ def main(argv: list[str] | None = None) -> None:
             saver.save(step)
         if due(config.val_every, step, steps):
             log("val", step, validate(model, val_loader, config, runtime))
-        if due(config.hellaswag_every, step, steps):
+        if due(config.hellaswag_every, step, steps) and not runtime.stopped:
             log("hellaswag", step, score_hellaswag(model, examples, runtime))
         if due(config.sample_every, step, steps) and runtime.rank == 0 and not runtime.stop:
             log("sample", step, sample(model, config, step, 32, runtime))
@@ -739,7 +739,7 @@ def main(argv: list[str] | None = None) -> None:
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
         loss, norm = train_step(state, batch, lr, config, runtime)
-        # In float16 the norm may overflow, and the scale is halved. It is 1 in other dtypes.
+        # In float16 an overflow is normal, and the scale is halved (1 in other dtypes). Not at 1.
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             raise saver.diverged(step, loss, norm)
         seconds = time.perf_counter() - began

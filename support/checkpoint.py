@@ -53,12 +53,16 @@ def is_ours(content: dict) -> bool:
     return {"step", "network", "settings", "model"} <= content.keys()
 
 
-def load(path: Path) -> dict | None:
-    """Read a model's weights, sizes and settings: from a checkpoint, a folder's newest one, or a
-    file with a GPT-2's state dict alone. None if there is no such file. Raises UserError."""
-    paths = files(path)
+def load(source: str) -> dict:
+    """Load a model's sizes (`network`), weights (`model`) and its run's `settings`.
+
+    `source` is a checkpoint, a folder with some, whose newest is taken, a file with a GPT-2's state
+    dict alone, a transformers folder or a published name. Raises UserError.
+    """
+    paths = files(Path(source))
     if not paths:
-        return None
+        sizes, weights = published.read(source)
+        return dict(network=sizes, model=weights, settings={})
     content = read(paths[-1])
     return content if is_ours(content) else published.from_state_dict(content, paths[-1])
 

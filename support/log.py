@@ -122,9 +122,12 @@ class Log:
         say(f"step {step:5d}/{self.steps} | {text_of(kind, values)}{left}")
 
     def record(self, kind: str, values: dict) -> None:
-        finite = {k: None if v in (math.inf, -math.inf) else v for k, v in values.items()}
-        try:  # JSON has no infinity
-            self.file.write(json.dumps({"kind": kind, **finite}).encode() + b"\n")
+        def finite(value):  # JSON has neither infinity nor NaN
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        values = {name: finite(value) for name, value in values.items()}
+        try:
+            self.file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
             self.file.flush()
         except OSError:  # the disk is full: the buffer keeps the line for the next flush
             pass
