@@ -13,7 +13,9 @@ has 10 billion of them. Token for token, they teach a model more than ordinary w
 
 Each document starts with <|endoftext|>, and all documents form one stream. A training sequence is a
 slice of it, which may contain several documents. No attention mask separates them (GPT-3 paper,
-appendix B): the model learns that what comes before an <|endoftext|> no longer matters.
+appendix B): the model learns that what comes before an <|endoftext|> no longer matters. A .txt file
+is one document, and <|endoftext|> written in it is that token, too; in .jsonl and .parquet files,
+each record is a document, and <|endoftext|> written in it is text like any other.
 
 Kill it whenever you like: the same command continues after the last finished shard, and all files
 come out the same, byte for byte. The source is a fixed sequence of pieces of text, so (part, piece,
@@ -27,7 +29,6 @@ Contents
 
 import argparse
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -37,19 +38,21 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from support.command import OneLineParser, UserError, explain, first_line, run_command
-from support.files import whole_file
+from support import texts
+from support.command import OneLineParser, UserError, explain, on_signals, run_command, say
+from support.files import lock_folder, whole_file
 from support.shards import (
     BIN_FORMAT,
     END_OF_TEXT,
     EOT,
+    EOT_TEXT,
     VOCAB_SIZE,
     WHITE_SPACE,
     encode,
@@ -60,12 +63,17 @@ from support.shards import (
     token_bytes,
 )
 
+HERE = Path(__file__).parent
+AGAIN = "the same command continues after the finished shards"
+KILLED = f"a tokenizer process was killed, perhaps out of memory; {AGAIN}"
+
 # --------------------------------------------------------------------------------------------------
 # 1. Shards and their manifest (lecture 3:10:21; the manifest is ours)
 #
-# support/shards.py has the two formats of a shard. manifest.json says whether the
-# folder is complete, which settings decided its bytes, what was read (COUNTS), and for each shard
-# its name, tokens, bytes of text, SHA-256, and "after": the next token's address and COUNTS so far.
+# support/shards.py has the two formats of a shard. manifest.json says whether the folder is
+# complete, which settings decided its bytes ("contents" is a hash of the source, if it is on this
+# disk), what was read (COUNTS), and for each shard its name, tokens, bytes of text, SHA-256, and
+# "after": the next token's address and COUNTS so far.
 # --------------------------------------------------------------------------------------------------
 
 COUNTS = ("documents", "skipped_empty", "skipped_not_text", "broken_unicode")
@@ -73,8 +81,8 @@ START = dict.fromkeys(("part", "piece", "token", *COUNTS), 0)
 
 
 def write_atomically(path: Path, header: bytes, body: np.ndarray | bytes) -> str:
-    """Write a `whole_file` and return its SHA-256. Raises OSError."""
-    with whole_file(path) as file:
+    """Write a `whole_file` and return its SHA-256. Raises UserError, say if the disk is full."""
+    with explain(f"{path} cannot be written", f"; {AGAIN}"), whole_file(path) as file:
         file.write(header)
         file.write(body)
     sha256 = hashlib.sha256(header)
@@ -102,9 +110,15 @@ def write_manifest(folder: Path, settings: dict, shards: list, state: dict, comp
 
 def kept_shards(folder: Path, old: dict, settings: dict) -> list[dict]:
     """List the shards up to the first damaged one. Raises UserError if the settings changed."""
-    for name, was in old["settings"].items():
+    old_settings = old["settings"]
+    for name, was in old_settings.items():
+        if name == "source" and old_settings.get("contents"):
+            continue  # files with the same contents may have other names
         if settings.get(name) != was:  # a long list of files is cut to 200 characters
-            raise UserError(f"{folder} was started with {name} = {was!s:.200}; give another --out")
+            what = f"{name} = {was!s:.200}, not {settings.get(name)!s:.200}"
+            if name == "contents":
+                what = f"other contents of {', '.join(old_settings['source']):.200}"
+            raise UserError(f"{folder} was started with {what}; give another --out")
     for i, shard in enumerate(old["shards"]):
         try:
             open_shard(folder / shard["name"])
@@ -131,23 +145,23 @@ def verify(args: argparse.Namespace) -> None:
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{path} does not have the SHA-256 in manifest.json; make it again")
     known = ", SHA-256 too" if manifest["shards"] else "; no manifest.json to check the SHA-256"
-    print(f"{len(shards):,} shards, {total:,} tokens: sizes and ids are right{known}")
+    say(f"{len(shards):,} shards, {total:,} tokens: sizes and ids are right{known}")
     text = gpt2_tokenizer().decode(open_shard(next(iter(shards)))[1:500].tolist())
-    print(f"the first document begins: {text.split('<|endoftext|>')[0][:60]!r}")
+    say(f"the first document begins: {text.split(EOT_TEXT)[0][:60]!r}")
     if not manifest["complete"]:
-        print(f"{folder} is not complete: run the command that made it again")
+        say(f"{folder} is not complete: run the command that made it again")
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. Documents (lecture 3:10:21)
 #
 # A source has parts (files), and a part has documents: strings, open text files, or something else,
-# which is skipped. A document is one piece or, if long, several. Their order never changes.
+# which is skipped. A document is one piece or, if long, several. Their order never changes. No
+# document may end the job: what cannot be text is counted and skipped, and bytes that are not UTF-8
+# become lone surrogates, which `encode_batch` counts.
 # --------------------------------------------------------------------------------------------------
 
 PIECE_CHARS = 2**20  # longer documents are cut into pieces of about this size, to bound the memory
-ENDINGS = (".txt", ".jsonl", ".parquet")
-BATCH_ROWS = 64  # rows of a data set that become Python strings at a time
 
 
 class Piece(NamedTuple):
@@ -155,6 +169,7 @@ class Piece(NamedTuple):
     number: int  # of this piece in its part
     text: str
     counts: list[str]  # which of COUNTS this piece raises by 1
+    end_of_text: bool  # whether an <|endoftext|> written in it is that token
     tokens: np.ndarray | None = None  # (n,) uint16, once it is encoded
 
 
@@ -165,13 +180,14 @@ def cut(file: io.TextIOBase) -> Iterator[str]:
     other characters into white space, so it is safe to cut there. Without white space, pieces grow.
     """
     rest = ""
-    while chunk := file.read(PIECE_CHARS):
-        text = rest + chunk
-        gap = len(text[: max(text.rfind(" "), text.rfind("\n"), 0)].rstrip(WHITE_SPACE))
-        if gap:
-            yield text[:gap]
-        rest = text[gap:]
-    yield rest
+    with explain(f"{getattr(file, 'name', 'a document')} cannot be read"):
+        while chunk := file.read(PIECE_CHARS):
+            text = rest + chunk
+            gap = len(text[: max(text.rfind(" "), text.rfind("\n"), 0)].rstrip(WHITE_SPACE))
+            if gap:
+                yield text[:gap]
+            rest = text[gap:]
+        yield rest
 
 
 def pieces(parts: list[Callable], start: dict) -> Iterator[Piece]:
@@ -179,59 +195,20 @@ def pieces(parts: list[Callable], start: dict) -> Iterator[Piece]:
     for part in range(start["part"], len(parts)):
         number = 0
         for document in parts[part]():
+            is_file = isinstance(document, io.TextIOBase)
             if isinstance(document, str) and len(document) > PIECE_CHARS:
                 document = io.StringIO(document, newline="")
-            texts = cut(document) if isinstance(document, io.TextIOBase) else [document]
+            cuts = cut(document) if isinstance(document, io.TextIOBase) else [document]
             count = "documents"
-            for text in texts:
+            for text in cuts:
                 if not isinstance(text, str):
                     text, count = "", "skipped_not_text"
                 elif count and not text.lstrip(WHITE_SPACE):
                     text, count = "", "skipped_empty"
                 if part > start["part"] or number >= start["piece"]:
-                    yield Piece(part, number, text, [count] if count else [])
+                    yield Piece(part, number, text, [count] if count else [], is_file)
                 count = ""  # for the other pieces of a long document
                 number += 1
-
-
-def check_field(field: str, names: list[str]) -> None:
-    if field not in names:
-        raise ValueError(f"no column {field}; give --text_field, of {', '.join(names)}")
-
-
-def read_file(path: Path, field: str) -> Iterator[object]:
-    """Yield the documents of a file. A .txt file is one document."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        with explain(f"{path} cannot be read"), pyarrow.parquet.ParquetFile(path) as file:
-            check_field(field, file.schema_arrow.names)
-            for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
-                yield from batch.column(0).to_pylist()
-        return
-    # Bytes that are not UTF-8 become lone surrogates here, which `encode_batch` counts.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        if path.suffix == ".txt":
-            yield file
-            return
-        for number, line in enumerate(file, start=1):
-            with explain(f"{path}, line {number}: not a JSON record"):
-                record = json.loads(line) if line.strip() else {field: ""}
-                if number == 1:
-                    check_field(field, list(record))
-                text = record.get(field)
-            yield text
-
-
-def find_files(patterns: list[str]) -> list[Path]:
-    """Find the files that --input names, in the order given; the matches of one glob are sorted."""
-    files = []
-    for pattern in patterns:
-        for path in map(Path, sorted(glob.glob(pattern, recursive=True)) or [pattern]):
-            if not path.is_file() or path.suffix not in ENDINGS:
-                raise UserError(f"--input {path} is not a file that ends in {', '.join(ENDINGS)}")
-            files.append(path)
-    return files
 
 
 def open_hub(dataset: str, config: str, revision: str | None, field: str) -> list[Callable]:
@@ -241,8 +218,8 @@ def open_hub(dataset: str, config: str, revision: str | None, field: str) -> lis
     def read(part: int) -> Iterator[object]:
         with explain(f"{dataset} {config}: file {part + 1} broke off", "; run the command again"):
             file = rows.shard(num_shards=rows.num_shards, index=part).with_format("arrow")
-            for batch in file.iter(BATCH_ROWS):
-                yield from batch[field].to_pylist()
+            for batch in file.iter(texts.BATCH_ROWS):
+                yield from texts.column_values(batch[field])
 
     with explain(f"{dataset} {config} cannot be opened"):
         rows = load_dataset(dataset, config, split="train", streaming=True, revision=revision)
@@ -268,8 +245,9 @@ def usable_cores() -> int:
 
 
 def begin_worker() -> None:
-    """Prepare a new process: it leaves Ctrl-C to its parent, and ends if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a new process: it leaves signals to its parent, and ends if the parent is killed."""
+    on_signals(signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the executor ends its processes
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -282,20 +260,31 @@ def begin_worker() -> None:
 def encode_batch(batch: list[Piece]) -> list[Piece]:
     """Tokenize pieces: replace their texts by tokens."""
     encoded = []
-    for part, number, text, counts, _ in batch:
+    for part, number, text, counts, end_of_text, _ in batch:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:  # lone surrogates
             counts = [*counts, "broken_unicode"]
-        tokens = encode(text)
-        if "documents" in counts:
+        tokens = encode(text, end_of_text)
+        if "documents" in counts and tokens[0] != END_OF_TEXT:  # a .txt may begin with it
             tokens = np.concatenate([EOT, tokens])
-        encoded.append(Piece(part, number, "", counts, tokens))
+        encoded.append(Piece(part, number, "", counts, end_of_text, tokens))
     return encoded
 
 
+def wait_for(future: Future, pool: ProcessPoolExecutor) -> list[Piece]:
+    """Wait for a result. The pool would wait forever for a process that was killed sending one."""
+    while True:
+        try:
+            return future.result(timeout=5)
+        except TimeoutError:
+            if any(process.exitcode is not None for process in pool._processes.values()):
+                say(f"fineweb.py: {KILLED}", file=sys.stderr)
+                os._exit(2)  # the other processes end with this one
+
+
 def encode_all(source: Iterator[Piece], pool: ProcessPoolExecutor, workers: int) -> Iterator[Piece]:
-    """`encode_batch` all pieces in the pool, in order, with a bounded number of batches in flight."""
+    """`encode_batch` all pieces in the pool, in order, with a bounded number in flight."""
     in_flight = []
     batch, size = [], 0
     for piece in source:
@@ -305,10 +294,10 @@ def encode_all(source: Iterator[Piece], pool: ProcessPoolExecutor, workers: int)
             in_flight.append(pool.submit(encode_batch, batch))
             batch, size = [], 0
         if len(in_flight) > min(AHEAD * workers, 256):
-            yield from in_flight.pop(0).result()
+            yield from wait_for(in_flight.pop(0), pool)
     in_flight.append(pool.submit(encode_batch, batch))
     while in_flight:
-        yield from in_flight.pop(0).result()
+        yield from wait_for(in_flight.pop(0), pool)
 
 
 def fill_shards(stream: Iterator[Piece], state: dict, shard_tokens: int, left: int, bar):
@@ -348,14 +337,21 @@ def write_shards(args: argparse.Namespace, files: list[Path], settings: dict, sh
     left = (args.max_tokens or sys.maxsize) - done
     gpt2_tokenizer()  # fails, if it must, before anything is written
     with ProcessPoolExecutor(args.workers, initializer=begin_worker) as pool:
-        pool.submit(len, ())  # starts the processes: once a data set streams, forking is not safe
+        try:
+            pool.submit(len, ())  # starts them: once a data set streams, forking is not safe
+        except OSError as error:
+            for process in multiprocessing.active_children():
+                process.kill()  # they would wait for work
+            raise UserError(f"too few tokenizer processes ({error}); {AGAIN}") from error
         if files:
-            parts = [functools.partial(read_file, path, args.text_field) for path in files]
+            parts = [functools.partial(texts.read_file, path, args.text_field) for path in files]
         else:
             parts = open_hub(args.dataset, args.config, settings["revision"], args.text_field)
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob("edufineweb_*.tmp"), *folder.glob("manifest.json.*.tmp")):
-            stale.unlink(missing_ok=True)  # left by a run that was killed
+        with explain(f"--out {folder} cannot be written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(folder)  # now, so that no process of the pool shares the lock
+            for stale in (*folder.glob("edufineweb_*.tmp"), *folder.glob("manifest.json.*.tmp")):
+                stale.unlink(missing_ok=True)  # left by a run that was killed
         write_manifest(folder, settings, shards, state, complete=False)
         total = args.max_tokens or KNOWN_TOKENS.get(settings["source"][-1])
         wait = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
@@ -368,7 +364,8 @@ def write_shards(args: argparse.Namespace, files: list[Path], settings: dict, sh
                 shard["sha256"] = write_shard(folder / name, tokens)
                 shards.append({**shard, "after": dict(state)})
                 write_manifest(folder, settings, shards, state, complete=False)
-                bar.write(f"{name}: {len(tokens):,} tokens")
+                bar.clear()
+                say(f"{name}: {len(tokens):,} tokens")
                 del tokens  # before the next shard needs as much memory
     if not shards:
         counts = f"{state['skipped_empty']} empty documents, {state['skipped_not_text']} not text"
@@ -377,24 +374,25 @@ def write_shards(args: argparse.Namespace, files: list[Path], settings: dict, sh
 
 
 def build(args: argparse.Namespace) -> None:
-    """Write the shards that --out lacks. Raises UserError, and OSError if the disk is full."""
+    """Write the shards that --out lacks. Raises UserError."""
     folder = args.out
-    files = find_files(args.input or [])
+    files = texts.find_files(args.input or [])
     old = read_manifest(folder)
     if old is None and (list_shards(folder, "train") or list_shards(folder, "val")):
         raise UserError(f"{folder} has shards but no manifest.json; give another --out")
     if old is None or not old["shards"]:  # nothing to continue, so the settings may change
         old = {"complete": False, "settings": {}, "shards": []}
+    contents = texts.contents(files, args.dataset, args.config, args.out)
     revision = args.revision or old["settings"].get("revision")
-    if not files and not revision and not os.path.isdir(args.dataset):
+    if not contents and not revision:
         from huggingface_hub import HfApi
 
         with explain(f"--dataset {args.dataset}: the hub does not answer"):
             revision = HfApi().dataset_info(args.dataset).sha  # the newest
     settings = {
-        "source": [f"{path.as_posix()} ({path.stat().st_size} bytes)" for path in files]
-        or [args.dataset, args.config],
-        "revision": None if files else revision,
+        "source": [path.as_posix() for path in files] or [args.dataset, args.config],
+        "contents": contents,
+        "revision": None if contents else revision,
         "text_field": args.text_field,
         "tokenizer": "gpt2",
         "format": args.format,
@@ -408,25 +406,28 @@ def build(args: argparse.Namespace) -> None:
     sizes = [shard["tokens"] for shard in manifest["shards"]]
     documents, empty, not_text, broken = (f"{manifest[name]:,}" for name in COUNTS)
     rest = f" (the last has the remaining {sizes[-1]:,})" if sizes[-1] < max(sizes) else ""
-    print(
+    say(
         f"{folder} is complete: {documents} documents, {sum(sizes):,} tokens in 1 validation shard "
         f"and {len(sizes) - 1:,} training shards{rest}; skipped {empty} empty and {not_text} that "
         f"were not text; replaced broken unicode in {broken}"
     )
     if len(sizes) == 1:
         hint = f"delete {folder}, and give --shard_tokens {max(1, sizes[0] // 10)}"
-        print(f"nothing is left to train on, because the first shard is for validation: {hint}")
+        say(f"nothing is left to train on, because the first shard is for validation: {hint}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser("fineweb.py", description=__doc__.split("\n\n")[0])
+    parser = OneLineParser("fineweb.py", __doc__)
     add = parser.add_argument
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="data set (default: %(default)s)")
     add("--config", default="sample-10BT", help="data set's configuration (default: %(default)s)")
     add("--revision", help="git revision of the data set (default: the newest)")
-    add("--input", nargs="+", metavar="FILE", help=".parquet, .jsonl, .txt files or globs to read")
+    about = ".parquet, .jsonl and .txt files to read once each, or patterns like 'texts/*.txt'; "
+    about += "<|endoftext|> written in a .txt file is that token, in a record it is text"
+    add("--input", nargs="+", metavar="FILE", help=about)
     add("--text_field", default="text", help="column with the text (default: %(default)s)")
-    add("--out", type=Path, default="edu_fineweb10B", help="shard folder (default: %(default)s)")
+    about = "folder for the shards (default: edu_fineweb10B beside fineweb.py)"
+    add("--out", type=Path, default=HERE / "edu_fineweb10B", help=about)
     add("--format", choices=["npy", "bin"], default="npy", help="npy (default) or llm.c's bin")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens per shard (default: 100M)")
     add("--max_tokens", type=int, help="stop after this many tokens (default: all of the text)")
@@ -442,17 +443,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     command = verify if args.verify else build
-    again = "the same command continues after the finished shards"
     try:
         command(args)
     except BrokenExecutor:
-        raise UserError(f"a tokenizer process was killed, perhaps out of memory; {again}") from None
-    except (OSError, MemoryError) as error:  # most likely a full disk
-        for process in multiprocessing.active_children():
-            process.terminate()  # if some could not be started, the others wait for work
-        raise UserError(f"{first_line(error)}; {again}") from error
+        raise UserError(KILLED) from None
+    except MemoryError as error:
+        raise UserError(f"out of memory {error}; {AGAIN}") from error
     except KeyboardInterrupt:
-        print(f"\nfineweb.py: stopped; {again}", file=sys.stderr)
+        say(f"\nfineweb.py: stopped; {AGAIN}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -50,7 +50,7 @@ def lock_folder(folder: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
-        hint = "stop it first, or give another --out_dir"
+        hint = "stop it first, or give another folder"
         raise UserError(f"{folder} belongs to a run that is not over: {owner}; {hint}") from None
     except OSError as error:  # some network disks
         say(f"warning: {folder} cannot be locked ({first_line(error)}): start no other run in it")

@@ -1,14 +1,12 @@
-"""Tests of fineweb.py: the commands that users run, on small files and without internet.
+"""fineweb.py as users run it. `plain_loop` knows nothing of pieces, processes or restarts."""
 
-The expected bytes come from `plain_loop`, which knows nothing of pieces, processes or restarts.
-"""
-
+import gzip
 import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,86 +14,21 @@ import time
 from pathlib import Path
 
 import helpers
-import night
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+from helpers import ROOT, TINY, one_line
+from night import wait_for, workers
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
 import fineweb
+from support.shards import list_shards, open_data, open_shard, read_manifest, token_bytes
 
-COMMAND = [sys.executable, str(HERE / "fineweb.py")]
 ENCODING = fineweb.gpt2_tokenizer()
-TEXT = (HERE / "input.txt").read_text("utf-8")
+TEXT = (ROOT / "input.txt").read_text("utf-8")
 DOCUMENTS = [TEXT[i : i + 700 + i % 2900] for i in range(0, 900_000, 2500)]  # 360 of unequal length
-
-
-def run(*arguments, cwd, code=0, **environment):
-    """Run the command; (stdout, stderr). A traceback is never right."""
-    result = subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "Traceback" not in result.stderr, result.stderr
-    assert result.returncode == code, result.stderr
-    return result.stdout, result.stderr
-
-
-def error(*arguments, cwd, **environment):
-    """Run the command; return the one line in which the user's mistake ends."""
-    _, stderr = run(*arguments, cwd=cwd, code=2, **environment)
-    lines = [line for line in stderr.replace("\r", "\n").splitlines() if "fineweb.py: " in line]
-    assert len(lines) == 1 and stderr.rstrip().endswith(lines[0]), stderr
-    return lines[0]
-
-
-def plain_loop(documents):
-    """Tokenize all documents with the simplest code there is."""
-    tokens = []
-    for document in documents:
-        if isinstance(document, str) and document.strip():
-            tokens.append(fineweb.END_OF_TEXT)
-            tokens.extend(ENCODING.encode_ordinary(document))
-    return np.array(tokens, dtype=np.uint16)
-
-
-def plain_shards(documents, shard_tokens, ending):
-    """Make the shards, name -> bytes, with np.save or by llm.c's description of its header."""
-    tokens, files = plain_loop(documents), {}
-    for i, start in enumerate(range(0, len(tokens), shard_tokens)):
-        shard = tokens[start : start + shard_tokens]
-        name = f"edufineweb_{'train' if i else 'val'}_{i:06d}.{ending}"
-        if ending == "npy":
-            np.save("shard.npy", shard)
-            files[name] = Path("shard.npy").read_bytes()
-        else:
-            header = [20240520, 1, len(shard)] + [0] * 253
-            files[name] = np.array(header, dtype=np.int32).tobytes() + shard.tobytes()
-    return files
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def shards_of(folder):
-    return {name: data for name, data in contents(folder).items() if name != "manifest.json"}
-
-
-def write_jsonl(path, values, field="text"):
-    path.write_text("".join(json.dumps({"id": 1, field: value}) + "\n" for value in values))
-
-
-def write_parquet(path, values, field="text"):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({field: values, "id": list(range(len(values)))})
-    pq.write_table(table, path, row_group_size=50)
+EOT = "<|endoftext|>"
+QUIET = {"script": "fineweb.py", "TQDM_DISABLE": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -104,592 +37,444 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def run(*flags):
+    return helpers.run(Path.cwd(), *flags, **QUIET)
+
+
+def make(*flags) -> str:
+    """Run the command, which must succeed -> what it says."""
+    done = run(*flags)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+def broken(code, *flags):
+    """Run the command in a process in which `code` breaks something."""
+    code = f"import fineweb; from fineweb import *\n{code}\nrun_command('fineweb.py', main)"
+    options = dict(env=os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}, timeout=100)
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    return subprocess.run(command, **options, capture_output=True, text=True, check=False)
+
+
+def plain_loop(documents):
+    """Tokenize all documents with the simplest code there is."""
+    tokens = [[50256, *ENCODING.encode_ordinary(document)] for document in documents]
+    return np.concatenate(tokens).astype(np.uint16)
+
+
+def plain_shards(documents, shard_tokens):
+    """Make the shards with np.save, name -> bytes."""
+    tokens, files = plain_loop(documents), {}
+    for i, first in enumerate(range(0, len(tokens), shard_tokens)):
+        np.save("shard.npy", tokens[first : first + shard_tokens])
+        name = f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy"
+        files[name] = Path("shard.npy").read_bytes()
+    return files
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "lock"}
+
+
+def shards_of(folder):
+    return {name: data for name, data in contents(folder).items() if name != "manifest.json"}
+
+
+def tokens_of(folder):
+    shards = [open_shard(path) for split in ("val", "train") for path in list_shards(folder, split)]
+    return np.concatenate(shards).tolist()
+
+
+def write(name, content):
+    """Write a file, and the folder that it is in, with line ends as they are."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_jsonl(name, values, field="text"):
+    write(name, "".join(json.dumps({"id": 1, field: value}) + "\n" for value in values))
+
+
+def write_parquet(name, values, field="text"):
+    write(name, "")
+    table = pa.table({field: values, "id": list(range(len(values)))})
+    pyarrow.parquet.write_table(table, name, row_group_size=50)
+
+
+def change_manifest(**changes):
+    write("out/manifest.json", json.dumps(read_manifest("out") | changes))
+
+
 # --------------------------------------------------------------------------------------------------
 # The same bytes as the plain loop
 
 
-@pytest.mark.parametrize("ending", ["npy", "bin"])
-def test_hub_equals_plain_loop(folder, ending):
+def test_hub_equals_plain_loop():
     """Call the real load_dataset on a local folder with the hub's layout."""
-    hub = folder / "HuggingFaceFW" / "fineweb-edu"
+    hub = "HuggingFaceFW/fineweb-edu"
     for i in range(3):
-        write_parquet(
-            hub / f"sample/10BT/{i:03d}_00000.parquet", DOCUMENTS[i * 120 : i * 120 + 120]
-        )
-    (hub / "README.md").write_text(
-        "---\nconfigs:\n- config_name: sample-10BT\n  data_files: sample/10BT/*\n---\n"
-    )
-    output, _ = run("--shard_tokens", 40_000, "--format", ending, cwd=folder)
-    expected = plain_shards(DOCUMENTS, 40_000, ending)
-    assert shards_of("edu_fineweb10B") == expected
-    tokens = len(plain_loop(DOCUMENTS))
-    assert output.splitlines()[-1].startswith(
-        f"edu_fineweb10B is complete: {len(DOCUMENTS)} documents, {tokens:,} tokens in 1 "
-        f"validation shard and {len(expected) - 1} training shards (the last has the remaining"
-    )
-    manifest = fineweb.read_manifest("edu_fineweb10B")
-    assert manifest["complete"] is True and manifest["documents"] == len(DOCUMENTS)
-    assert manifest["settings"]["source"] == ["HuggingFaceFW/fineweb-edu", "sample-10BT"]
+        write_parquet(f"{hub}/sample/10BT/{i:03d}_00000.parquet", DOCUMENTS[i * 120 :][:120])
+    config = "- config_name: sample-10BT\n  data_files: sample/10BT/*\n"
+    write(f"{hub}/README.md", f"---\nconfigs:\n{config}---\n")
+    flags = ["--shard_tokens", 40_000, "--out", "out"]
+    said = make(*flags)
+    expected = plain_shards(DOCUMENTS, 40_000)
+    assert shards_of("out") == expected
+    count = f"360 documents, {len(plain_loop(DOCUMENTS)):,} tokens"
+    parts = f"1 validation shard and {len(expected) - 1} training shards (the last has"
+    assert f"out is complete: {count} in {parts}" in said
+    before, manifest = contents("out"), read_manifest("out")
+    assert manifest["complete"] is True and manifest["documents"] == 360
     for shard in manifest["shards"]:
         assert shard["sha256"] == hashlib.sha256(expected[shard["name"]]).hexdigest()
-        tokens = fineweb.open_shard(folder / "edu_fineweb10B" / shard["name"])
+        tokens = open_shard(Path("out", shard["name"]))
+        text = ENCODING.decode_bytes(tokens.tolist()).replace(EOT.encode(), b"")
         assert shard["tokens"] == len(tokens)
-        text = ENCODING.decode_bytes(tokens.tolist()).replace(b"<|endoftext|>", b"")
-        assert shard["bytes"] == len(text) == fineweb.token_bytes()[tokens].sum()
+        assert shard["bytes"] == len(text) == token_bytes()[tokens].sum()
     # After a kill in this source it continues, and asks load_dataset for the later files only.
-    manifest["complete"], manifest["shards"] = False, manifest["shards"][:3]
-    before = contents("edu_fineweb10B")
-    Path("edu_fineweb10B/manifest.json").write_text(json.dumps(manifest))
-    run("--shard_tokens", 40_000, "--format", ending, cwd=folder)
-    assert contents("edu_fineweb10B") == before
-
-
-def test_workers_and_formats_of_input(folder):
-    """Try 1, 2 and 4 workers on three kinds of files, a glob, and the user's order."""
-    write_parquet(folder / "p" / "b.parquet", DOCUMENTS[100:200])
-    write_parquet(folder / "p" / "a.parquet", DOCUMENTS[:100])
-    write_jsonl(folder / "z.jsonl", DOCUMENTS[200:300])
-    (folder / "first.txt").write_text(DOCUMENTS[300], "utf-8")
-    expected = plain_shards([DOCUMENTS[300], *DOCUMENTS[:300]], 30_000, "npy")
-    inputs = ["--input", "first.txt", "p/*.parquet", "z.jsonl", "--shard_tokens", 30_000]
-    for workers in (1, 2, 4):
-        run(*inputs, "--workers", workers, "--out", f"out{workers}", cwd=folder)
-        assert shards_of(f"out{workers}") == expected
-    assert contents("out1") == contents("out2") == contents("out4")
-
-
-def in_child(folder):
-    os.chdir(folder)
-    fineweb.main(["--input", "a.jsonl", "--shard_tokens", "30000", "--out", "out"])
+    change_manifest(complete=False, shards=manifest["shards"][:3])
+    make(*flags)
+    assert contents("out") == before
+    write_parquet(f"{hub}/sample/10BT/001_00000.parquet", DOCUMENTS[:120])
+    one_line(run(*flags), "out was started with other contents of HuggingFaceFW")
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_start_methods(folder, method):
-    """Run in a child of every start method, and in a script without a __main__ guard."""
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
-    expected = plain_shards(DOCUMENTS[:60], 30_000, "npy")
-    child = multiprocessing.get_context(method).Process(target=in_child, args=(folder,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0 and shards_of("out") == expected
-    script = f"import multiprocessing as m; m.set_start_method('{method}'); import fineweb; "
-    script += "fineweb.main('--input a.jsonl --shard_tokens 30000 --out script'.split())"
-    subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": HERE}, check=True
-    )
-    assert shards_of("script") == expected
+@pytest.mark.parametrize("count", [1, 4])
+def test_files_workers_and_ways_to_start_them(method, count):
+    """Three kinds of files and a pattern, in the user's order; without a __main__ guard, too."""
+    write_parquet("p/b.parquet", DOCUMENTS[40:60])
+    write_parquet("p/a.parquet", DOCUMENTS[:40])
+    write_jsonl("z.jsonl", DOCUMENTS[60:90])
+    write("first.TXT", DOCUMENTS[90])
+    flags = ["--shard_tokens", 30_000, "--workers", count, "--out", "out"]
+    files = ["--input", "first.TXT", "p/*.parquet", "z.jsonl"]
+    broken(f"multiprocessing.set_start_method('{method}')", *files, *flags)
+    assert shards_of("out") == plain_shards([DOCUMENTS[90], *DOCUMENTS[:90]], 30_000)
 
 
-@pytest.mark.parametrize("limit", [1, 29_999, 30_000, 30_001])
-def test_max_tokens(folder, limit):
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
-    arguments = ["--input", "a.jsonl", "--shard_tokens", 30_000, "--max_tokens", limit]
-    run(*arguments, "--out", "out", cwd=folder)
-    tokens = [
-        fineweb.open_shard(p) for s in ("val", "train") for p in fineweb.list_shards("out", s)
-    ]
-    assert np.array_equal(np.concatenate(tokens), plain_loop(DOCUMENTS[:60])[:limit])
-    before = contents("out")
-    run(*arguments, "--out", "out", cwd=folder)
-    assert contents("out") == before
+@pytest.mark.parametrize("limit", [29_999, 30_000, 30_001])
+def test_max_tokens(limit):
+    write_jsonl("a.jsonl", DOCUMENTS[:60])
+    make("--input", "a.jsonl", "--shard_tokens", 30_000, "--max_tokens", limit, "--out", "out")
+    assert tokens_of("out") == plain_loop(DOCUMENTS[:60])[:limit].tolist()
 
 
-def test_cutting_long_documents(folder, monkeypatch):
-    """Cut random text of awkward characters at every kind of gap; the tokens are the same."""
+def test_cutting_long_documents(monkeypatch):
+    """Cut random text at every kind of gap; the tokens are the same, of a record and of a .txt."""
+    alphabet = [*"a! \n\t\x1c\u00a0\u3000漢", "b ", "\r\n", "'s", EOT]
     rng = random.Random(0)
-    alphabet = [
-        "a",
-        "b ",
-        " ",
-        "\n",
-        "\r\n",
-        "\t",
-        "\x1c",
-        "\u00a0",
-        "\u3000",
-        "!",
-        "'s",
-        "7",
-        "漢",
-        "😀",
-    ]
+    theirs = helpers.their_tokenizer()._tokenizer
     monkeypatch.setattr(fineweb, "PIECE_CHARS", 7)
     for _ in range(300):
-        text = "".join(rng.choices(alphabet, k=rng.randrange(8, 60)))
-        pieces = list(fineweb.pieces([lambda text=text: [text]], fineweb.START))
-        if text.strip():
-            assert "".join(piece.text for piece in pieces) == text
-        tokens = [t for piece in fineweb.encode_batch(pieces) for t in piece.tokens.tolist()]
-        assert tokens == plain_loop([text]).tolist()
+        text = "a" + "".join(rng.choices(alphabet, k=rng.randrange(8, 60)))
+        write("a.txt", text)
+        ids = theirs.encode(text.replace("\r\n", "\n"), add_special_tokens=False).ids
+        for documents, expected in (
+            ([text], plain_loop([text]).tolist()),
+            (fineweb.texts.read_file(Path("a.txt"), "text"), [50256, *ids]),
+        ):
+            pieces = list(fineweb.pieces([lambda found=documents: found], fineweb.START))
+            tokens = [piece.tokens for piece in fineweb.encode_batch(pieces)]
+            assert np.concatenate(tokens).tolist() == expected, repr(text)
+
+
+def test_verify():
+    write_jsonl("a.jsonl", DOCUMENTS[:60])
+    make("--input", "a.jsonl", "--shard_tokens", 10_000, "--out", "out")
+    said = make("--verify", "--out", "out")
+    assert "sizes and ids are right, SHA-256 too" in said and repr(DOCUMENTS[0][:60]) in said
+    path = Path("out/edufineweb_train_000001.npy")
+    whole = path.read_bytes()
+    for damaged, says in {
+        whole[:-1]: "is not a whole shard",
+        whole[:-2] + b"\x01\x00": "does not have the SHA-256 in manifest.json",
+        whole[:-2] + b"\xff\xff": "has the id 65535",
+    }.items():
+        path.write_bytes(damaged)
+        one_line(run("--verify", "--out", "out"), says)
+    path.write_bytes(whole)
+    Path("out/manifest.json").unlink()
+    assert "no manifest.json" in make("--verify", "--out", "out")
+
+
+def test_the_trainer_trains_on_the_shards(folder):
+    """All formats give the same; other files are left alone; an incomplete folder is said to be."""
+    for ending in ("npy", "bin"):
+        made = ["--input", ROOT / "input.txt", "--format", ending, "--shard_tokens", 100_000]
+        make(*made, "--out", ending)
+    for path in Path("npy").glob("*.npy"):
+        helpers.write_bin(Path("by_hand.bin"), np.load(path))
+        assert Path("bin", f"{path.stem}.bin").read_bytes() == Path("by_hand.bin").read_bytes()
+        write(f"nanogpt/{path.stem}.bin", np.load(path).tobytes())
+    for name in ("npy/x_train_9.npy.123.tmp", "npy/training_notes.npy"):
+        write(name, "other")
+    losses = []
+    for data in ("npy", "bin", "nanogpt"):
+        flags = [*TINY, "--data", data, "--val_every", 4, "--val_tokens", 320]
+        done = helpers.run(folder, *flags, "--out_dir", f"log_{data}")
+        assert done.returncode == 0 and "incomplete" not in done.stdout, done.stderr
+        losses.append(helpers.losses(folder / f"log_{data}").tolist())
+    assert losses[0] == losses[1] == losses[2]
+    shutil.move("npy", "out")
+    change_manifest(complete=False)
+    assert "out is incomplete" in helpers.run(folder, *TINY, "--data", "out").stdout
 
 
 # --------------------------------------------------------------------------------------------------
 # Interruptions
 
 
-def test_kills_at_random_moments(folder):
+def test_kills_at_random_moments():
     """Kill it again and again; each time, all shards are those of an undisturbed run."""
     blank = [" \n", None] * 20  # each counts once, however often the run is killed
-    long = TEXT[:300_000]  # spans several shards
-    write_jsonl(folder / "a.jsonl", [*DOCUMENTS, *blank, long, *DOCUMENTS, *blank])
-    arguments = ["--input", "a.jsonl", "--shard_tokens", 10_000]
-    run(*arguments, "--out", "calm", cwd=folder)
-    names = sorted(path.name for path in Path("calm").glob("*_train_*.npy"))
+    write_jsonl("a.jsonl", [*DOCUMENTS, *blank, TEXT[:300_000], *DOCUMENTS, *blank])
+    flags = ["--input", "a.jsonl", "--shard_tokens", 10_000]
+    make(*flags, "--out", "calm")
+    calm = contents("calm")
+    names = sorted(name for name in calm if "_train_" in name)
     rng, kills = random.Random(1), 0
     for part in range(12):
+        process = helpers.start(Path.cwd(), *flags, "--out", "out", **QUIET)
         awaited = Path("out", names[len(names) * part // 16])
-        process = subprocess.Popen(
-            [*COMMAND, *map(str, arguments), "--out", "out"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
         while process.poll() is None and not awaited.exists():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         kills += process.wait() == -signal.SIGKILL  # or it was at its end
-        for split in ("val", "train"):
-            for path in fineweb.list_shards("out", split):
-                assert path.read_bytes() == (folder / "calm" / path.name).read_bytes()
-    run(*arguments, "--out", "out", cwd=folder)
-    assert kills >= 6 and contents("out") == contents("calm")
+        for name, content in shards_of("out").items():
+            assert name.endswith(".tmp") or content == calm[name]
+    make(*flags, "--out", "out")
+    assert kills >= 6 and contents("out") == calm
 
 
-def test_restart_keeps_whole_shards_and_mends_damaged_ones(folder):
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:100])
-    arguments = ["--input", "a.jsonl", "--shard_tokens", 10_000, "--out", "out"]
-    run(*arguments, cwd=folder)
+def test_a_damaged_shard_is_mended(monkeypatch):
+    """What is before is not tokenized again. The first shard ends as a document does."""
+    shard_tokens = str(len(plain_loop(DOCUMENTS[:3])))
+    write_jsonl("a.jsonl", DOCUMENTS[:9])
+    flags = ["--input", "a.jsonl", "--shard_tokens", shard_tokens, "--out", "out"]
+    fineweb.main(flags)
     before = contents("out")
-    names = sorted(shards_of("out"))
-    times = {name: (folder / "out" / name).stat().st_mtime_ns for name in names}
-    Path("out", "edufineweb_train_000003.npy").write_bytes(b"damaged")
-    run(*arguments, cwd=folder)
-    assert contents("out") == before
-    kept = [n for n in names if (folder / "out" / n).stat().st_mtime_ns == times[n]]
-    assert kept == ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy", names[-1]]
+    write("out/edufineweb_train_000001.npy", "damaged")
+    sent, encode_all = [], fineweb.encode_all
+
+    def spy(source, *rest):
+        return encode_all((sent.append(piece.number) or piece for piece in source), *rest)
+
+    monkeypatch.setattr(fineweb, "encode_all", spy)
+    fineweb.main(flags)
+    assert contents("out") == before and sent == [3, 4, 5, 6, 7, 8]
+    assert shards_of("out") == plain_shards(DOCUMENTS[:9], int(shard_tokens))
 
 
-def test_does_not_tokenize_again(folder, monkeypatch):
-    """A restart tokenizes only what comes after the last whole shard."""
-    write_jsonl(folder / "a.jsonl", DOCUMENTS)
-    arguments = ["--input", "a.jsonl", "--shard_tokens", "50000", "--out", "out"]
-    fineweb.main(arguments)
-    manifest = json.loads(Path("out/manifest.json").read_text())
-    manifest.update(complete=False, shards=manifest["shards"][:-1])
-    Path("out/manifest.json").write_text(json.dumps(manifest))
-    sent = []
-    encode_all = fineweb.encode_all
-    monkeypatch.setattr(
-        fineweb,
-        "encode_all",
-        lambda source, *rest: encode_all((sent.append(p) or p for p in source), *rest),
-    )
-    fineweb.main(arguments)
-    assert [piece.number for piece in sent] == list(
-        range(manifest["shards"][-1]["after"]["piece"], len(DOCUMENTS))
-    )
-
-
-def test_restart_where_a_shard_ends_with_a_document(folder):
-    shard_tokens = len(plain_loop(DOCUMENTS[:3]))
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:9])
-    arguments = ["--input", "a.jsonl", "--shard_tokens", str(shard_tokens), "--out", "out"]
-    fineweb.main(arguments)
-    before = contents("out")
-    manifest = json.loads(Path("out/manifest.json").read_text())
-    assert manifest["shards"][0]["after"]["documents"] == 3
-    manifest.update(complete=False, shards=manifest["shards"][:1])
-    Path("out/manifest.json").write_text(json.dumps(manifest))
-    fineweb.main(arguments)
-    assert contents("out") == before
-    assert shards_of("out") == plain_shards(DOCUMENTS[:9], shard_tokens, "npy")
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found by /proc")
-@pytest.mark.parametrize("who", ["parent", "worker"])
-def test_a_killed_process_takes_the_others_with_it(folder, who):
-    """Workers end with a killed parent; a killed worker ends the command in one line."""
-    write_jsonl(folder / "a.jsonl", DOCUMENTS * 40)
-    command = [*COMMAND, "--input", "a.jsonl", "--shard_tokens", "20000", "--workers", "2"]
-    process = subprocess.Popen(
-        [*command, "--out", "out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not (folder / "out" / "edufineweb_train_000002.npy").exists():
-        time.sleep(0.01)
-    workers = night.workers(process.pid)
-    assert len(workers) == 2
-    os.kill(process.pid if who == "parent" else workers[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=20)
-    if who == "worker":
-        assert process.returncode == 2 and "Traceback" not in stderr
-        assert "fineweb.py: a tokenizer process was killed" in stderr.splitlines()[-1]
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found by /proc")
+@pytest.mark.parametrize(
+    "who, number, status, says",
+    [
+        ("all", signal.SIGINT, 130, "fineweb.py: stopped; the same command continues"),
+        ("all", signal.SIGHUP, 130, "fineweb.py: stopped; the same command continues"),
+        ("parent", signal.SIGTERM, 130, "fineweb.py: stopped; the same command continues"),
+        ("parent", signal.SIGKILL, -signal.SIGKILL, ""),
+        ("worker", signal.SIGKILL, 2, "fineweb.py: a tokenizer process was killed"),
+    ],
+)
+def test_no_process_is_left_behind(who, number, status, says):
+    """However it ends, it does so in one line, and with all its processes."""
+    write_jsonl("a.jsonl", DOCUMENTS * 40)
+    flags = ["--input", "a.jsonl", "--shard_tokens", 20_000, "--out", "out", "--workers", 2]
+    process = helpers.start(Path.cwd(), *flags, **QUIET)
+    wait_for(Path("out/edufineweb_train_000002.npy").exists, process)
+    one_line(run(*flags), f"out belongs to a run that is not over: process {process.pid} on ")
+    children = workers(process.pid)
+    os.kill({"all": -process.pid, "parent": process.pid, "worker": children[0]}[who], number)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == status and "Traceback" not in said, said
+    assert says in said.splitlines()[-1]
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_ctrl_c_ends_in_one_line(folder):
-    write_jsonl(folder / "a.jsonl", DOCUMENTS * 20)
-    process = subprocess.Popen(
-        [*COMMAND, "--input", "a.jsonl", "--shard_tokens", "20000", "--out", "out"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (folder / "out" / "edufineweb_train_000002.npy").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("fineweb.py: stopped; the same command continues")
-    assert not list(folder.glob("out/*.tmp"))
-
-
-def test_full_disk_ends_in_one_line(folder):
-    """A limit on the size of files acts as the full disk: it, too, makes write() fail."""
-    documents = DOCUMENTS * 6
-    write_jsonl(folder / "a.jsonl", documents)
-    script = "import resource as r, signal as s, runpy, sys; s.signal(s.SIGXFSZ, s.SIG_IGN); "
-    script += "r.setrlimit(r.RLIMIT_FSIZE, (1_200_000, 1_200_000)); sys.argv.pop(0); "
-    script += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
-    script += "runpy.run_path(sys.argv[0], run_name='__main__')"  # 1.2 MB: room for the tokenizer
-    arguments = ["--input", "a.jsonl", "--shard_tokens", "700000", "--out", "out"]
-    result = subprocess.run(
-        [sys.executable, "-c", script, COMMAND[1], *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "File too large" in result.stderr.splitlines()[-1]
+def test_a_full_disk():
+    """A limit on the size of files acts as a full disk: it, too, makes write() fail."""
+    write_jsonl("a.jsonl", DOCUMENTS * 6)
+    flags = ["--input", "a.jsonl", "--shard_tokens", 700_000, "--out", "out"]
+    limit = "import resource as r; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "r.setrlimit(r.RLIMIT_FSIZE, (1_200_000, 1_200_000))"
+    says = "val_000000.npy cannot be written .*File too large.*; the same command continues"
+    one_line(broken(limit, *flags), says)
     assert set(contents("out")) == {"manifest.json"}
-    run(*arguments, cwd=folder)
-    assert shards_of("out") == plain_shards(documents, 700_000, "npy")
+    make(*flags)
+    assert shards_of("out") == plain_shards(DOCUMENTS * 6, 700_000)
 
 
-def test_changed_settings_are_refused(folder):
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
-    write_jsonl(folder / "b.jsonl", DOCUMENTS[:60])
-    arguments = ["--input", "a.jsonl", "--shard_tokens", 10_000, "--out", "out"]
-    run(*arguments, cwd=folder)
-    before = contents("out")
-    for change, named in {
-        ("--shard_tokens", 20_000): "shard_tokens = 10000;",
-        ("--format", "bin"): "format = npy;",
-        ("--input", "b.jsonl"): "source = ['a.jsonl (",
-        ("--input", "a.jsonl", "b.jsonl"): "source = ['a.jsonl (",
-        ("--max_tokens", 5): "max_tokens = None;",
-    }.items():
-        assert named in error(*arguments, *change, cwd=folder)
-    (folder / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes() + b"\n")
-    assert "source = ['a.jsonl (" in error(*arguments, cwd=folder)
-    assert contents("out") == before
-    np.save("edufineweb_val_000000.npy", np.zeros(9, np.uint16))
-    assert "no manifest.json" in error("--input", "b.jsonl", "--out", ".", cwd=folder)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing to fail")
-def test_a_process_that_cannot_start_ends_in_one_line(folder):
-    """The third of four processes fails to start; the command must not wait for the first two."""
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
-    script = """
-import multiprocessing, os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import fineweb
-multiprocessing.set_start_method("fork")
-fork, calls = os.fork, []
-def fails():
-    calls.append(1)
-    if len(calls) == 3:
-        raise BlockingIOError(11, "no more processes")
-    return fork()
-os.fork = fails
-fineweb.run_command("fineweb.py", fineweb.main)
-"""
-    arguments = ["--input", "a.jsonl", "--workers", "4", "--out", "out"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(HERE), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "no more processes; the same command continues" in done.stderr
+def test_processes_that_fail():
+    """The third of four cannot start, or one is killed while it sends: nobody waits for others."""
+    write("a.txt", TEXT)
+    code = "multiprocessing.set_start_method('fork'); forks = [os.fork] * 2\n"
+    code += "os.fork = lambda: forks.pop()() if forks else os.open('no more', 0)"
+    done = broken(code, "--input", "a.txt", "--workers", 4, "--out", "out")
+    one_line(done, "too few tokenizer processes .*no more.*; the same command continues")
     assert not Path("out").exists()
+    code = "def encode_batch(batch):\n  pipe = sys._getframe(1).f_locals['result_queue']._writer\n"
+    code += "  os.write(pipe.fileno(), b'\\0\\0\\1\\0half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += "fineweb.encode_batch = encode_batch"
+    done = broken(code, "--input", "a.txt", "--workers", 2, "--out", "out")
+    one_line(done, "a tokenizer process was killed")
+    # A mistake of ours keeps its traceback.
+    done = broken("fineweb.pieces = lambda *_: open('ours')", "--input", "a.txt", "--out", "out")
+    assert done.returncode == 1 and "FileNotFoundError" in done.stderr.splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------------------
 # All sorts of documents
 
 
-def test_odd_documents(folder):
-    documents = [
-        "plain",
-        "",
-        " \n\t\u00a0",
-        None,
-        17,
-        ["a", "list"],
-        "<|endoftext|> is text here",
-        "lone \ud800 surrogates \udfff",
-        "\ufeff\x00 nulls and marks \u202e",
-        TEXT[:60_000],  # longer than several shards
-    ]
-    write_jsonl(folder / "a.jsonl", documents)
-    output, _ = run("--input", "a.jsonl", "--shard_tokens", 5_000, "--out", "out", cwd=folder)
-    assert shards_of("out") == plain_shards(documents, 5_000, "npy")
-    assert output.splitlines()[-1].endswith(
-        "skipped 2 empty and 3 that were not text; replaced broken unicode in 1"
-    )
-    assert ": 5 documents," in output
-    tokens = np.concatenate(
-        [fineweb.open_shard(folder / "out" / n) for n in sorted(shards_of("out"))]
-    )
-    assert np.count_nonzero(tokens == fineweb.END_OF_TEXT) == 5
+def test_columns():
+    """A null, numbers, and bytes that are not UTF-8, which writers other than Arrow may leave."""
+    buffers = pa.array([b"one", b"caf\xe9", None, b"", b"two"]).buffers()
+    write_parquet("a.parquet", pa.Array.from_buffers(pa.string(), 5, buffers), "body")
+    write_parquet("b.parquet", [1, 2, 3], "body")
+    said = make("--input", "a.parquet", "b.parquet", "--text_field", "body", "--out", "out")
+    assert shards_of("out") == plain_shards(["one", "caf\ufffd", "two"], 10**8)
+    assert "skipped 1 empty and 4 that were not text; replaced broken unicode in 1" in said
+    done = run("--input", "b.parquet", "--text_field", "body", "--out", "numbers")
+    one_line(done, "no text: 0 empty documents, 3")
 
 
-def test_files_that_are_not_utf8(folder):
-    """Bytes that are not UTF-8 are replaced and counted; a byte order mark is dropped."""
-    (folder / "latin.txt").write_bytes("caf\u00e9 au lait".encode("latin-1"))
-    (folder / "mark.txt").write_bytes(b"\xef\xbb\xbfmarked")
-    (folder / "empty.txt").write_bytes(b"")
-    output, _ = run("--input", "latin.txt", "mark.txt", "empty.txt", "--out", "out", cwd=folder)
-    assert shards_of("out") == plain_shards(["caf\ufffd au lait", "marked"], 10**8, "npy")
-    assert "skipped 1 empty" in output and "replaced broken unicode in 1" in output
-
-
-def test_parquet_with_nulls_and_numbers(folder):
-    write_parquet(folder / "a.parquet", ["one", None, "", "two"], "body")
-    write_parquet(folder / "b.parquet", [1, 2, 3], "body")
-    arguments = ["--text_field", "body", "--out", "out"]
-    output, _ = run("--input", "a.parquet", "b.parquet", *arguments, cwd=folder)
-    assert shards_of("out") == plain_shards(["one", "two"], 10**8, "npy")
-    assert "skipped 1 empty and 4 that were not text" in output
-    assert "no column text; give --text_field, of body, id" in error(
-        "--input", "a.parquet", cwd=folder
-    )
-    assert "no text: 0 empty documents, 3" in error(
-        "--input", "b.parquet", "--text_field", "body", "--out", "numbers", cwd=folder
-    )
-
-
-def test_broken_files_are_named(folder):
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:3])
-    with open(folder / "a.jsonl", "a") as file:
-        file.write('{"text": "half a li\n')
-    assert "a.jsonl, line 4: " in error("--input", "a.jsonl", cwd=folder)
-    (folder / "b.jsonl").write_text('"no object"\n')
-    assert "b.jsonl, line 1: " in error("--input", "b.jsonl", cwd=folder)
-    write_jsonl(folder / "c.jsonl", ["a"], "body")
-    assert "no column text; give --text_field, of id, body" in error(
-        "--input", "c.jsonl", cwd=folder
-    )
-    write_parquet(folder / "d.parquet", DOCUMENTS)
-    whole = (folder / "d.parquet").read_bytes()
-    (folder / "d.parquet").write_bytes(whole[: len(whole) // 2])
-    assert "d.parquet cannot be read (" in error("--input", "d.parquet", cwd=folder)
-    (folder / "d.parquet").write_bytes(whole[:9_000] + bytes(9_000) + whole[18_000:])
-    assert "d.parquet cannot be read (" in error("--input", "d.parquet", cwd=folder)
-    assert "nothing/*.txt is not a file" in error("--input", "nothing/*.txt", cwd=folder)
-    (folder / "e.csv").write_text("a")
-    assert "e.csv is not a file that ends in .txt, .jsonl, .parquet" in error(
-        "--input", "e.csv", cwd=folder
-    )
-    assert "--shard_tokens 0" in error("--shard_tokens", 0, cwd=folder)
-    assert "does not answer" in error(cwd=folder)
-
-
-# --------------------------------------------------------------------------------------------------
-# The guard that all commands share
-
-
-GUARDED = """
-import atexit, signal, sys
-sys.path.insert(0, sys.argv[1])
-import fineweb
-def main():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("begun", end="", flush=sys.argv[2] == "user")
-    atexit.register(print, "a normal exit")
-    errors = {"user": fineweb.UserError("mend it"), "disk": OSError(28, "full")}
-    errors |= {"ctrl-c": KeyboardInterrupt(), "bug": ZeroDivisionError()}
-    if sys.argv[2] in errors:
-        raise errors[sys.argv[2]]
-fineweb.run_command("x.py", main)
-"""
-
-
-def guarded(what, **environment):
-    command = [sys.executable, "-c", GUARDED, str(HERE), what]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        command, env=os.environ | {"PYTHONUNBUFFERED": ""} | environment, **pipes
-    )
-
-
-@pytest.mark.parametrize(
-    "what, status, line",
-    [
-        ("nothing", 0, ""),
-        ("user", 2, "x.py: mend it\n"),
-        ("disk", 2, "x.py: [Errno 28] full\n"),
-        ("ctrl-c", 1, "x.py: interrupted\n"),
-    ],
-)
-def test_a_command_ends_in_one_line(what, status, line):
-    process = guarded(what)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (status, line)
-    assert out == "beguna normal exit\n"
-
-
-def test_a_mistake_of_ours_keeps_its_traceback():
-    process = guarded("bug")
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and "ZeroDivisionError" in err and "Traceback" in err
-
-
-def test_ranks_end_in_one_line():
-    """Rank 0 speaks at once, the others only if nobody ends them; none waits for its threads."""
-    processes = [guarded("user", RANK=rank) for rank in "012"]
-    out, err = processes[0].communicate(timeout=20)
-    assert (processes[0].returncode, err) == (2, "x.py: mend it\n")
-    assert out == "begun"  # and not "a normal exit"
-    assert processes[1].stdout.read(5) == "begun"
-    time.sleep(1)
-    processes[1].terminate()  # as torchrun does
-    assert processes[1].communicate(timeout=20)[1] == ""
-    assert processes[1].returncode == -signal.SIGTERM
-    _, err = processes[2].communicate(timeout=20)
-    assert (processes[2].returncode, err) == (2, "x.py: mend it\n")
-
-
-def test_wrong_flags_are_one_line():
-    parser = fineweb.OneLineParser("x.py")
-    parser.add_argument("--number", type=int)
-    for argv in (["--number", "x"], ["--a_number", "1"], ["--number"]):
-        with pytest.raises(fineweb.UserError, match=r"number.* \(--help lists all flags\)$"):
-            parser.parse_args(argv)
-
-
-# --------------------------------------------------------------------------------------------------
-# The interface to train_gpt2.py
-
-
-def test_import_is_light_and_runs_nothing(folder):
-    script = (
-        "import sys, fineweb; print(sorted({'torch', 'datasets', 'tiktoken'} & {*sys.modules}))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        check=True,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.stdout == "[]\n" and not result.stderr and not list(folder.iterdir())
-
-
-def test_open_shard_names_what_is_wrong(folder):
-    good = np.arange(100, dtype=np.uint16)
-    for name in ("good.npy", "good.bin"):
-        digest = fineweb.write_shard(folder / name, good)
-        tokens = fineweb.open_shard(folder / name)
-        assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16
-        assert np.array_equal(tokens, good)
-        whole = (folder / name).read_bytes()
-        assert digest == hashlib.sha256(whole).hexdigest()
-        for damaged in (b"", whole[:-1], whole[:-2], whole + b"\0\0", whole[:50], b"x" * 2000):
-            (folder / f"bad_{name}").write_bytes(damaged)
-            with pytest.raises(
-                fineweb.UserError, match=f"bad_{name} is not a whole shard"
-            ) as caught:
-                fineweb.open_shard(folder / f"bad_{name}")
-            assert "\n" not in str(caught.value)
-    for i, array in enumerate(
-        [good.astype(np.int32), good.reshape(10, 10), good[:0], good.astype(object)]
-    ):
-        np.save(folder / f"{i}.npy", array, allow_pickle=True)
-        with pytest.raises(fineweb.UserError, match=f"{i}.npy is not a whole shard"):
-            fineweb.open_shard(folder / f"{i}.npy")
-    (folder / "pickle.npy").write_bytes(pickle.dumps(good))
-    for name in ("pickle.npy", "missing.npy", "missing.bin", "text.txt"):
-        with pytest.raises(fineweb.UserError, match=name):
-            fineweb.open_shard(folder / name)
-    for header in ([20240520, 2, 100], [20240521, 1, 100], [20240520, 1, 0], [20240520, 1, -1]):
-        bytes_ = np.array(header + [0] * 253, np.int32).tobytes() + good.tobytes()
-        (folder / "header.bin").write_bytes(bytes_)
-        with pytest.raises(fineweb.UserError, match="header.bin"):
-            fineweb.open_shard(folder / "header.bin")
-
-
-def test_list_shards(folder):
-    names = [
-        "edufineweb_train_000002.npy",
-        "edufineweb_train_000001.npy",
-        "edufineweb_val_000000.npy",
-    ]
-    names += [
-        "tiny_shakespeare_val.bin",
-        "edufineweb_train_000003.npy.123.tmp",
-        "training_notes.npy",
-    ]
-    for name in names:
-        (folder / name).touch()
-    assert [p.name for p in fineweb.list_shards(folder, "train")] == [names[1], names[0]]
-    assert [p.name for p in fineweb.list_shards(folder, "val")] == [names[2], names[3]]
-    assert fineweb.list_shards(folder / "nowhere", "val") == []
-    assert fineweb.read_manifest(folder) is None
-    (folder / "manifest.json").write_text("{}")
-    with pytest.raises(fineweb.UserError, match="manifest.json is damaged"):
-        fineweb.read_manifest(folder)
-
-
-def test_verify(folder):
-    write_jsonl(folder / "a.jsonl", DOCUMENTS[:60])
-    run("--input", "a.jsonl", "--shard_tokens", 10_000, "--out", "out", cwd=folder)
-    output, _ = run("--verify", "--out", "out", cwd=folder)
-    assert "sizes and ids are right, SHA-256 too" in output and repr(DOCUMENTS[0][:60]) in output
-    path = folder / "out" / "edufineweb_train_000001.npy"
-    whole = path.read_bytes()
-    for damaged, named in {
-        whole[:-1]: "is not a whole shard",
-        whole[:-2] + b"\x01\x00": "does not have the SHA-256 in manifest.json",
-        whole[:-2] + b"\xff\xff": "has the id 65535",
+def test_broken_files_are_named():
+    write("a.jsonl", '{"text": "whole"}\n\n{"text": "half a li\n')
+    write("b.jsonl", '"no object"\n')
+    write_jsonl("c.jsonl", ["a"], "body")
+    write_parquet("d.parquet", DOCUMENTS)
+    whole = Path("d.parquet").read_bytes()
+    write("d.parquet", whole[:9_000] + bytes(9_000) + whole[18_000:])
+    for name, says in {
+        "a.jsonl": "a.jsonl, line 3: ",
+        "b.jsonl": "b.jsonl, line 1: .*not an object",
+        "c.jsonl": "no column text; give --text_field, of id, body",
+        "d.parquet": r"d.parquet cannot be read \(",
+        "nothing/*.txt": r"nothing/\*.txt is not a file that ends in .txt, .jsonl, .parquet",
     }.items():
-        path.write_bytes(damaged)
-        assert named in error("--verify", "--out", "out", cwd=folder)
-    path.write_bytes(whole)
-    (folder / "out" / "manifest.json").unlink()
-    assert "no manifest.json" in run("--verify", "--out", "out", cwd=folder)[0]
-    assert "no shards" in error("--verify", "--out", "nowhere", cwd=folder)
+        one_line(run("--input", name, "--out", "out"), says)
+    one_line(run("--shard_tokens", 0), "--shard_tokens 0")
+    one_line(run("--out", "out"), "does not answer")
 
 
-def test_usable_cores(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
-    assert fineweb.usable_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert fineweb.usable_cores() == 7
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert fineweb.usable_cores() == 1
+# --------------------------------------------------------------------------------------------------
+# What bug reports of other projects broke, and what else is of the same kinds
 
 
-def test_the_trainer_trains_on_the_shards(tmp_path):
-    """train_gpt2.py trains on both formats, and warns of an incomplete folder."""
-    losses = []
-    for format in ("npy", "bin"):
-        made = ["--input", HERE / "input.txt", "--format", format, "--shard_tokens", 20_000]
-        run(*made, "--out", format, cwd=tmp_path)
-        flags = [*helpers.TINY, "--data", format, "--val_every", 4, "--val_tokens", 320]
-        done = helpers.run(tmp_path, *flags, "--out_dir", f"log_{format}")
-        assert done.returncode == 0 and "incomplete" not in done.stdout, done.stderr
-        losses.append(list(helpers.losses(tmp_path / f"log_{format}")))
-    assert losses[0] == losses[1]
-    manifest = json.loads((tmp_path / "npy" / "manifest.json").read_text())
-    (tmp_path / "npy" / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
-    done = helpers.run(tmp_path, *helpers.TINY, "--data", "npy", "--out_dir", "log_incomplete")
-    assert done.returncode == 0 and "npy is incomplete" in done.stdout
+def test_no_document_ends_the_job():
+    """tiktoken#245. What cannot be text is skipped; what only JSON proper lacks is read."""
+    texts = [f"{EOT} is text here", "lone \ud800 surrogates \udfff", "\ufeff\x00 marks \u202e"]
+    spaces = "hello" + " " * 1_100_000 + "world"
+    values = ["", " \n\t\u00a0", None, 17, ["a", "list"], *texts, spaces]
+    lines = [json.dumps({"text": value}) for value in values]
+    lines += ['{"text": "deep", "x": ' + "[" * 10**5 + "]" * 10**5 + "}", "", '{"text": NaN}']
+    lines += ['{"text": ' + "9" * 10**4 + "}", '{"other": 1}', '{"text": "raw\t\x01"}']
+    lines += ['{"text": "an integer", "n": ' + "9" * 10**4 + "}", '{"text": "caf\udce9"}']
+    write("a.jsonl", "\n".join(lines).encode(errors="surrogateescape"))
+    said = make("--input", "a.jsonl", "--shard_tokens", 500_000, "--out", "out")
+    assert "skipped 3 empty and 7 that were not text; replaced broken unicode in 2" in said
+    hello, space, world = ENCODING.encode_ordinary("hello  world")
+    others = plain_loop(["raw\t\x01", "an integer", "caf\ufffd"])
+    expected = [*plain_loop(texts), 50256, hello, *[space] * 1_099_999, world, *others]
+    assert tokens_of("out") == expected
+
+
+UNICODE = "Ein Straßenschild, 漢字, 😀.\r\n" * 400
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_byte_order_marks(encoding):
+    """nanoGPT#429: what PowerShell and Notepad write is decoded by both commands."""
+    mark = "" if encoding in ("utf-8-sig", "utf-32") else "\ufeff"
+    write("a.txt", (mark + UNICODE).encode(encoding))
+    record = json.dumps({"text": UNICODE}, ensure_ascii=False)
+    write("a.jsonl", (mark + record).encode(encoding))
+    make("--input", "a.txt", "a.jsonl", "--out", "out")
+    read = UNICODE.replace("\r\n", "\n")
+    assert tokens_of("out") == plain_loop([read, UNICODE]).tolist()
+    (first,), (last,) = open_data("a.txt", 16)
+    assert ENCODING.decode([*first, *last]) == read
+
+
+def test_what_is_no_text_is_named(folder):
+    """Both commands refuse it; stray bytes fineweb.py counts, and an odd one ends UTF-16."""
+    for content, says in {
+        UNICODE.encode("utf-16-le"): "UTF-16 without a byte order mark",
+        gzip.compress(b"text"): "gzip",
+        b"%PDF-1.7\n": "PDF",
+        np.arange(9999).tobytes(): "binary data",
+    }.items():
+        write("a.txt", content)
+        flags = ["--input", ROOT / "input.txt", "a.txt", "--out", "out"]
+        one_line(run(*flags), f"a.txt is not a text.*{says}")
+        one_line(helpers.run(folder, *TINY, "--data", "a.txt"), f"a.txt is not a text.*{says}")
+        assert not Path("out").exists()
+    write("a.txt", b"caf\xe9 au lait")
+    write("b.txt", "\ufefftext".encode("utf-16-le") + b"x")
+    assert "replaced broken unicode in 2" in make("--input", "a.txt", "b.txt", "--out", "out")
+    assert tokens_of("out") == plain_loop(["caf\ufffd au lait", "text\ufffd"]).tolist()
+    one_line(helpers.run(folder, *TINY, "--data", "a.txt"), "a.txt cannot be read as UTF-8")
+
+
+def test_end_of_text_written_in_a_text():
+    """nanoGPT#308, gpt-2#33: as transformers reads it; in a record it is text."""
+    text = f"{EOT}One.{EOT} Two.{EOT}\nThree." * 200
+    write("a.txt", text)
+    write_jsonl("b.jsonl", [text])
+    make("--input", "a.txt", "b.jsonl", "--out", "out")
+    theirs = helpers.their_tokenizer()._tokenizer.encode(text, add_special_tokens=False)
+    assert tokens_of("out") == [*theirs.ids, *plain_loop([text])]
+
+
+def test_from_another_folder(folder, monkeypatch):
+    """nanoGPT#532: the shards lie beside the script, and there the trainer looks for them."""
+    shutil.copytree(ROOT / "support", "project/support")
+    for name in ("fineweb.py", "train_gpt2.py", "hellaswag.py"):
+        shutil.copy(ROOT / name, "project")
+    monkeypatch.setattr(helpers, "ROOT", folder / "project")
+    write("a.txt", TEXT[:20_000])
+    make("--input", "a.txt", "--shard_tokens", 1000)
+    assert list_shards("project/edu_fineweb10B", "val") and not Path("edu_fineweb10B").exists()
+    done = helpers.run(folder, *TINY[2:], "--hellaswag_every", 0, "--micro_batch", 8)
+    assert "preset gpt2 (without --preset" in done.stdout and done.returncode == 0, done.stderr
+
+
+def test_a_name_is_no_pattern(folder):
+    """CIL#1207. Each file is read once, by whatever names."""
+    for name in ("a[1].txt", "a1.txt", "b[1]/c.txt", "b1/c.txt"):
+        write(name, name)
+    for names, expected in (
+        (["a1.txt", "a[1].txt", "./a1.txt", folder / "a1.txt"], ["a1.txt", "a[1].txt"]),
+        (["b[1]/*.txt"], ["b[1]/c.txt"]),
+        (["**/c.txt", "a?.txt"], ["b1/c.txt", "b[1]/c.txt", "a1.txt"]),
+    ):
+        make("--input", *names, "--out", f"from_{len(names)}")
+        assert tokens_of(f"from_{len(names)}") == plain_loop(expected).tolist()
+
+
+def test_contents_and_settings_decide_what_has_changed(folder):
+    write_jsonl("a.jsonl", DOCUMENTS[:30])
+    flags = ["--input", "a.jsonl", "--shard_tokens", 9_000, "--out", "out"]
+    make(*flags)
+    before = contents("out")
+    shutil.copy("a.jsonl", "a.txt")
+    write("b.jsonl", Path("a.jsonl").read_text().replace("e", "i"))
+    make(*flags, "--input", folder / "a.jsonl")
+    for change, says in {
+        ("--input", "a.txt"): "other contents of a.jsonl; give another --out",
+        ("--input", "b.jsonl"): "other contents of a.jsonl; give another --out",
+        ("--input", "a.jsonl", "b.jsonl"): "other contents of a.jsonl; give another --out",
+        ("--shard_tokens", 8_000): "shard_tokens = 9000, not 8000;",
+        ("--max_tokens", 5): "max_tokens = None, not 5;",
+    }.items():
+        one_line(run(*flags, *change), says)
+    assert contents("out") == before
+    change_manifest(settings=dict(source=["a.jsonl (9 bytes)"]))  # as it once was written
+    one_line(run(*flags), r"source = \['a.jsonl \(.*, not \['a.jsonl'\]; give another --out")
+    Path("out/manifest.json").unlink()
+    one_line(run(*flags), "no manifest.json")
