@@ -1,21 +1,19 @@
-"""A GPU that is not there: the project's CUDA path, run and counted by a CPU build of torch.
+"""A GPU that is not there: the project's CUDA path, run by a CPU build of torch.
 
-    with fake_cuda("NVIDIA A100-SXM4-80GB", (8, 0), memory=80e9):
+    with fake_cuda("NVIDIA A100-SXM4-80GB", (8, 0)):
         train_gpt2.main(["--device", "cuda", "--no-compile", ...])
-        print(waits, kernels)
+        print(waits)
 
-Inside the context torch.cuda is available and device="cuda" works. A tensor there is an OnGPU: it
-says that it is on cuda:0 and has CUDA's dispatch keys, so autograd and autocast treat it as CUDA's.
-It holds its numbers in a CPU tensor. Every operation
+Inside the context torch.cuda is available and the device "cuda:0" works. A tensor there is an OnGPU:
+it says that it is on cuda:0 and has CUDA's dispatch keys, so autograd and autocast treat it as
+CUDA's. It holds its numbers in a CPU tensor. Every operation
 
 - raises DeviceMismatch if it mixes devices where CUDA refuses to;
-- is counted in `kernels`, by name, unless it is only a view;
 - is counted in `waits`, by the project's line, if on a GPU the CPU has to wait for it;
 - runs the CPU's kernel on what is inside, so losses, gradients and updates are real.
 
-It cannot show CUDA's kernels, memory, streams, nccl, torch.compile or speed; clip_grad_norm_, which
-a GPU runs on all tensors at once, counts once per tensor. It uses private parts of torch and leaves
-one changed, so it needs the pinned torch, Linux, and its own process.
+It cannot show CUDA's kernels, memory, streams, nccl, torch.compile or speed. It uses private parts
+of torch, so it needs the pinned version, built for the CPU, and Linux.
 """
 
 import ctypes
@@ -24,8 +22,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
-from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +31,6 @@ CUDA = torch.device("cuda:0")
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 
-kernels = Counter()  # name of an operation -> how often it ran
 waits = Counter()  # ("train_gpt2.py:123 function", what it did) -> how often the CPU waited
 
 
@@ -65,13 +62,10 @@ def wait(what: str) -> None:
     waits[where(), what] += 1
 
 
-def count(func, given: dict, on_gpu: list, between_devices: bool) -> None:
-    """Count an operation, and the wait if it is one. `given` are its arguments by name."""
-    name = func.__name__.split(".")[0]
-    if not func.is_view and func is not aten._unsafe_view.default:
-        kernels[name] += 1
+def count_wait(func, given: dict, on_gpu: list, between_devices: bool) -> None:
+    """Count an operation if the CPU waits for it. `given` are its arguments by name."""
     if on_gpu and func in WAITING:
-        wait(name)
+        wait(func.__name__)
     if func in COPYING and between_devices:
         source = given["src"] if func is aten.copy_.default else given["self"]
         if not (getattr(source, "pinned", False) and given.get("non_blocking")):
@@ -115,12 +109,10 @@ def run(func, args, kwargs):
         raise DeviceMismatch(f"{where()}: {func} found tensors on cuda:0 and on cpu")
     arguments = func._schema.arguments
     given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
-    count(func, given, on_gpu, between_devices=bool(on_cpu) or not result_on_gpu)
+    count_wait(func, given, on_gpu, between_devices=bool(on_cpu) or not result_on_gpu)
 
     if asked is not None:
         inside_kwargs["device"] = CPU
-    if func in (aten._softmax.default, aten._log_softmax.default) and args[2]:
-        inside = (inside[0].float(), inside[1], False)  # only CUDA's kernels go from half to float
     result = func(*inside, **inside_kwargs)
     written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     if written:  # in place, or out=: the result is what was given, not a new tensor
@@ -143,9 +135,6 @@ class OnGPU(torch.Tensor):
 
     # For a tensor on cuda:0, backward would want a CUDA stream to add up its gradients.
     device = property(lambda self: CPU if OnGPU.in_backward else CUDA)
-    is_cuda = property(lambda self: True)
-    is_cpu = property(lambda self: False)
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -160,20 +149,9 @@ class OnGPU(torch.Tensor):
             return self.detach().inner.to(dtype or self.dtype, copy=True)
         return torch.Tensor.to(self, dtype or self.dtype, copy=copy)
 
-    def cpu(self):
-        return self.to("cpu")
-
     def tolist(self):
         wait("tolist")
         return self.detach().inner.tolist()
-
-    def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert a tensor on cuda:0 to numpy: use Tensor.cpu() first")
-
-    __array__ = numpy
-
-    def __repr__(self, **kwargs):
-        return f"OnGPU({self.inner!r})"
 
 
 class FakeGPU(TorchDispatchMode):
@@ -200,51 +178,47 @@ def pin_memory(tensor, device=None):
     return copy
 
 
-def new_bias(cls, *args):
-    """Make a CausalBias. Tensor.__new__ cannot, with a FakeGPU on: it gets a whole tensor back."""
-    return torch.Tensor._make_subclass(cls, torch.empty(0))
-
-
-def borrow_device_guard() -> None:
+@contextmanager
+def device_guard():
     """Use the CPU's device guard, which does nothing, for CUDA. A CPU build has none for it."""
-    c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    libraries = Path(torch.__file__).parent / "lib"
+    c10 = ctypes.CDLL(str(libraries / "libc10.so"))
     guards = (ctypes.c_void_p * 2).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
-    guards[1] = guards[1] or guards[0]  # by device type: 0 is the CPU, 1 CUDA
+    real = guards[1]  # by device type: 0 is the CPU, 1 CUDA
+    guards[1] = guards[0]
+    try:
+        yield
+    finally:
+        guards[1] = real
+        # Let torch look for a driver again.
+        python = ctypes.CDLL(str(libraries / "libtorch_python.so"))
+        python["_ZN5torch5utils24set_requires_device_initEN3c1010DeviceTypeEb"](1, True)
 
 
 @contextmanager
-def fake_cuda(name="NVIDIA A100-SXM4-80GB", capability=(8, 0), memory=80e9):
-    """Pretend to have a GPU of this name and compute capability, with `memory` free bytes."""
+def fake_cuda(name="NVIDIA A100-SXM4-80GB", capability=(8, 0)):
+    """Pretend to have a GPU of this name and compute capability."""
     fakes = {
         "is_available": lambda: True,
         "_lazy_init": lambda: None,  # it looks for a driver
-        "device_count": lambda: 1,
         "set_device": lambda device: None,
         "get_device_capability": lambda device=None: capability,
         "get_device_name": lambda device=None: name,
         "is_bf16_supported": lambda *args, **kwargs: capability >= (8, 0),
-        "mem_get_info": lambda device=None: (int(memory), int(memory)),
-        "synchronize": lambda device=None: wait("synchronize"),
-        "max_memory_allocated": lambda device=None: 0,
     }
-    fakes = [(torch.cuda, key, value) for key, value in fakes.items()]
-    fakes.append((torch.Tensor, "pin_memory", pin_memory))
-    fakes.append((torch.autograd, "backward", backward))
-    fakes.append((CausalBias, "__new__", staticmethod(new_bias)))
-    real = [(owner, key, getattr(owner, key)) for owner, key, _ in fakes]
     swap = torch.__future__.get_swap_module_params_on_conversion()
     lift = torch._C._only_lift_cpu_tensors()
-    borrow_device_guard()
-    try:
-        for owner, key, value in fakes:
-            setattr(owner, key, value)
+    waits.clear()
+    with pytest.MonkeyPatch.context() as patch, device_guard():
+        for key, value in fakes.items():
+            patch.setattr(torch.cuda, key, value)
+        patch.setattr(torch.Tensor, "pin_memory", pin_memory)
+        patch.setattr(torch.autograd, "backward", backward)
         torch.__future__.set_swap_module_params_on_conversion(True)  # model.to can change a class
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(1, device=...) starts on the CPU
-        # Backward has no thread for cuda:0.
-        with torch.autograd.set_multithreading_enabled(False), FakeGPU():
-            yield
-    finally:
-        for owner, key, value in real:
-            setattr(owner, key, value)
-        torch.__future__.set_swap_module_params_on_conversion(swap)
-        torch._C._set_only_lift_cpu_tensors(lift)
+        try:  # backward has no thread for cuda:0
+            with torch.autograd.set_multithreading_enabled(False), FakeGPU():
+                yield
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(swap)
+            torch._C._set_only_lift_cpu_tensors(lift)

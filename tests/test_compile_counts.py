@@ -1,65 +1,64 @@
 """How often torch.compile compiles: main() runs whole, and a stand-in for the compiler counts.
 
-A graph break costs speed at every call, and a recompilation half a minute on a GPU. What may be
-compiled: the model once for validation and once for training. Under DDP the training graph is cut
-at the buckets of gradients, so that their exchange starts while backward still works.
+A graph break costs speed at every call, and a recompilation half a minute on a GPU. The model may
+be compiled once for validation and once for training. Under DDP the training graph is cut at the
+buckets of gradients, so that their exchange starts while backward still works.
 
 Run by torchrun as a script, this file counts in each of its ranks.
 """
 
 import json
-import signal
-import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SCRIPT, TINY, make_shards
+from helpers import ROOT, TINY, make_shards, run
 from torch._dynamo.utils import counters
 
-sys.path.insert(0, str(SCRIPT.parent))  # for torchrun, which does not read conftest.py
 import hellaswag
 import train_gpt2
 from support import machine
 
-# Per rank and step: 2 or more micro-steps. Validation has 7 sequences and thus a short last batch.
-FLAGS = ["--seq_len", "32", "--micro_batch", "2", "--batch_tokens", "256", "--max_steps", "3"]
-FLAGS += ["--val_every", "1", "--val_tokens", "224", "--sample_every", "2"]
-FLAGS += ["--hellaswag_every", "2", "--compile", "--data", "shards"]
+# Per rank and step: 2 or more micro-steps. Validation has 5 sequences and thus a short last batch.
+FLAGS = ["--seq_len", 32, "--micro_batch", 2, "--batch_tokens", 256, "--max_steps", 3]
+FLAGS += ["--val_every", 1, "--val_tokens", 160, "--sample_every", 2]
+FLAGS += ["--hellaswag_every", 2, "--compile", "--data", "shards"]
+EXPECTED = {"validation": 1, "training": 1, "compilations": 2, "graph breaks": 0}
+
+
+def stream_of_a_gpu(device_type: str) -> bool:
+    """machine.bfloat16_stream, as if the CPU was a GPU."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return enabled and torch.get_autocast_dtype(device_type) == torch.bfloat16
 
 
 @contextmanager
 def some_hellaswag(count=6):
     """In here, HellaSwag is the first of the tests' own records."""
-    records = Path(__file__).with_name("hellaswag_records.jsonl")
-    alone = SimpleNamespace(rank=0, sum=lambda *values: list(values))
-    examples = hellaswag.load_examples(alone, records)[:count]
+    path = Path(__file__).with_name("hellaswag_records.jsonl")
+    examples = hellaswag.read_examples(path)[:count]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hellaswag, "load_examples", lambda *args, **options: examples)
-        yield
+        patch.setattr(hellaswag, "load_examples", lambda *args: examples)
+        yield examples
 
 
 def run_main(*flags) -> None:
-    """main() in this process; its handlers of signals do not outlast it."""
-    names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {name: signal.getsignal(name) for name in names}
-    try:
-        train_gpt2.main([*map(str, TINY), *map(str, flags)])
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+    """Run main() in this process, whose signal handlers it leaves alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2.Stop, "listen", lambda stop: None)
+        train_gpt2.main([*TINY, *map(str, flags)])
 
 
 def count(*flags, compiler=None) -> dict:
     """Run main() and count what it compiles, with `compiler`, or eager graphs -> the counts."""
-    graphs = {"validation": 0, "training": 0, "symbolic inputs": 0}
+    graphs = {"validation": 0, "training": 0}
 
     def backend(graph, inputs):
         graphs["training" if torch.is_grad_enabled() else "validation"] += 1
-        graphs["symbolic inputs"] += sum(isinstance(i, torch.SymInt) for i in inputs)
+        assert not any(isinstance(i, torch.SymInt) for i in inputs), "a size may change"
         return compiler(graph, inputs) if compiler else graph.forward
 
     def compile_and_count(model, **options):  # with main()'s own options
@@ -70,7 +69,7 @@ def count(*flags, compiler=None) -> dict:
         graphs["compilations"] = counters["stats"]["unique_graphs"]
         graphs["graph breaks"] = sum(counters["graph_break"].values())
         Path(f"counts_{runtime.rank}.json").write_text(json.dumps(graphs))
-        close(runtime)  # of several ranks, this ends the process
+        close(runtime)  # with several ranks, this ends the process
 
     close = train_gpt2.Runtime.close
     torch._dynamo.reset()
@@ -78,7 +77,7 @@ def count(*flags, compiler=None) -> dict:
         patch.setattr(train_gpt2.GPT, "compile", compile_and_count)
         patch.setattr(train_gpt2.Runtime, "close", note)
         if compiler is None:
-            patch.setattr(machine, "can_compile", lambda wanted, runtime: wanted)
+            patch.setattr(machine, "can_compile", lambda wanted, device: wanted)
         run_main(*flags)
     return graphs
 
@@ -90,25 +89,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def expected(training_graphs: int) -> dict:
-    graphs = {"validation": 1, "training": training_graphs, "symbolic inputs": 0}
-    return graphs | {"compilations": 2, "graph breaks": 0}
-
-
-def test_one_process_compiles_twice(folder):
-    assert count(*FLAGS) == expected(training_graphs=1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_process_compiles_twice(folder, monkeypatch, dtype):
+    """Also where the model asks autocast in which precision its residual stream should be."""
+    monkeypatch.setattr(machine, "bfloat16_stream", stream_of_a_gpu)
+    assert count(*FLAGS, "--dtype", dtype) == EXPECTED
 
 
 def test_two_ranks_compile_twice_and_ddp_cuts_at_its_buckets(folder):
     """The first bucket is full at 1 MB, which the embeddings have; the second takes the rest."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *torchrun, __file__, *FLAGS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    script = "tests/test_compile_counts.py"
+    done = run(folder, *FLAGS, script=script, processes=2, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    assert "hellaswag 6 records" in done.stdout and "sample at step 3" in done.stdout
+    assert "hellaswag acc" in done.stdout and "| samples" in done.stdout
     for rank in (0, 1):
         counts = json.loads((folder / f"counts_{rank}.json").read_text())
-        assert counts == expected(training_graphs=2)
+        assert counts == EXPECTED | {"training": 2}
 
 
 def test_the_count_notices_mistakes(folder, monkeypatch):
@@ -116,12 +112,13 @@ def test_the_count_notices_mistakes(folder, monkeypatch):
     block = train_gpt2.Block.forward
     batch = train_gpt2.DataLoaderLite.batch
 
-    def noisy(self, x, cache=None):
+    def noisy(self, x):
         print("a block")
-        return block(self, x, cache)
+        return block(self, x)
 
-    def changing(self, batch_tokens, micro_batch, runtime, step):
-        return batch(self, batch_tokens, micro_batch >> step % 2, runtime, step)
+    def changing(self, step, config, runtime):
+        smaller = replace(config, micro_batch=config.micro_batch >> step % 2)
+        return batch(self, step, smaller, runtime)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt2.DataLoaderLite, "batch", changing)

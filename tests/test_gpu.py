@@ -1,36 +1,32 @@
-"""What only a GPU can show, in about ten minutes. Run this first on a new machine:
+"""What only a GPU can show, in some minutes. Run this first on a new machine:
 
     python -m pytest -m gpu
 
 Without CUDA every test here is skipped. At the end it prints a table in Markdown, which can go into
-runs/ as it is. Speed is only printed; numbers, kernels, memory and waits are asserted. Nobody has
-run this file on a GPU yet. What takes a `device` was tried on a CPU; the rest is by reading.
+runs/ as it is. bench.py measures the speed. An H200 has run an earlier version of this file in two
+minutes, without the tests of memory. As it is now, only what takes a `device` was tried, on a CPU.
 """
 
 import gc
 import os
-import signal
-import statistics
-import subprocess
+import shutil
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from helpers import ROOT, TINY, checkpoint, losses, records, run, some_tokens, their_model
-from night import recorded, wait_for
-from test_compile_counts import count, expected, run_main, some_hellaswag
+from helpers import TINY, checkpoint, losses, records, run
+from test_compile_counts import EXPECTED, count, run_main, some_hellaswag
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
 
 import hellaswag
 import train_gpt2
 from support import machine
-from train_gpt2 import GPT, GPTConfig, Runtime, TrainConfig
+from train_gpt2 import GPT, Runtime, TrainConfig, TrainState
 
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # asked once; for deterministic algorithms
 HAS_GPU = torch.cuda.is_available()
 AMPERE = HAS_GPU and torch.cuda.get_device_capability() >= (8, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")]
@@ -58,22 +54,19 @@ def table(request):
     yield
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        lines = ["", "", "| what | found | expected |", "|---|---|---|", *rows]
+        gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        title = f"{gpus}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+        lines = ["", "", title, "", "| what | found | expected |", "|---|---|---|", *rows]
         print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def free_memory() -> None:
-    torch._dynamo.reset()
-    gc.collect()
-    if HAS_GPU:
-        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
     """Give each test its own folder and all of the memory; put the precision back."""
     monkeypatch.chdir(tmp_path)
-    free_memory()
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
@@ -82,19 +75,14 @@ def clean(tmp_path, monkeypatch):
 class Training:
     """A model, what trains it, and random tokens. Without settings it is GPT-2 (124M)."""
 
-    def __init__(self, device: str, compiled=False, precision="high", **settings):
-        self.config = config = TrainConfig(device=device, **settings)
-        self.runtime = Runtime(config)
-        torch.set_float32_matmul_precision(precision)  # "high" is TF32, "highest" is float32
+    def __init__(self, device: str, compiled=False, **settings):
+        self.config = TrainConfig(device=device, **settings)
+        self.runtime = Runtime(device, self.config.dtype)
         torch.manual_seed(1)
-        shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
-        self.model = GPT(GPTConfig(seq_len=config.seq_len, **shape)).to(self.runtime.device)
+        self.model = GPT(self.config).to(self.runtime.device)
         if compiled:
             self.model.compile(dynamic=False)
-        self.optimizers = train_gpt2.make_optimizers(self.model, config)
-        half = self.runtime.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.runtime.device_type, enabled=half)
-        self.ddp = self.model
+        self.state = TrainState(self.model, self.config, self.runtime)
 
     def tokens(self, micro_steps: int, sequences: int) -> torch.Tensor:
         shape = (micro_steps, sequences, self.config.seq_len + 1)
@@ -102,8 +90,7 @@ class Training:
 
     def step(self, tokens) -> float:
         batch = self.runtime.to_device(tokens)
-        given = (self.ddp, self.optimizers, self.scaler, batch, 6e-4, False)
-        return train_gpt2.train_step(*given, self.config, self.runtime)[0]
+        return train_gpt2.train_step(self.state, batch, 6e-4, self.config, self.runtime)[0]
 
 
 def choices(device: str):
@@ -113,89 +100,49 @@ def choices(device: str):
     with torch.no_grad():
         for parameter in here.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    runtime = Runtime(TrainConfig(device=device, dtype="float32"))
+    runtime = Runtime(device, "float32")
     torch.set_float32_matmul_precision("highest")
     model = here.model.to(runtime.device)
-    with some_hellaswag(42):
-        scores = hellaswag.evaluate(model, hellaswag.load_examples(), runtime)
-    return scores, train_gpt2.generate(model, [1, 2, 3], 150, samples=1, top_k=1).tolist()
-
-
-def measure(what, device, sequences, micro_steps, steps, compiled=True, expected="", **settings):
-    """Time steps, and add a row for speed and one for memory -> the peak of two micro-steps, as it
-    is (0 on a CPU) and as machine.step_bytes reckons it."""
-    here = Training(device, compiled, **settings)
-    batch = here.tokens(max(2, micro_steps), sequences)
-    seconds = []
-    for _ in range(3 + steps):
-        began = time.perf_counter()
-        here.step(batch[:micro_steps])
-        seconds.append(time.perf_counter() - began)
-    second = statistics.median(seconds[3:])  # the first ones warm up
-    peak = 0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        here.step(batch[:2])
-        peak = torch.cuda.max_memory_allocated()
-    tokens = sequences * here.config.seq_len
-    speed = micro_steps * tokens / second
-    flops = machine.peak_flops(here.runtime.device) or float("nan")
-    mfu = speed * here.model.flops_per_token(here.config.seq_len) / flops
-    count = sum(p.numel() for p in here.model.parameters())
-    dtype = here.runtime.dtype
-    need = machine.step_bytes(here.model.config, count, tokens, compiled, dtype)
-    row(what, f"{1000 * second:.0f} ms, {speed:,.0f} tokens/s, MFU {mfu:.1%}", expected)
-    row(f"{what}: memory", f"{peak / 1e9:.1f} GB", f"{need / 1e9:.1f} GB")
-    return peak, need
-
-
-def test_what_this_machine_is():
-    runtime = Runtime(TrainConfig())
-    assert runtime.device_type == "cuda", "--device auto takes the GPU"
-    assert runtime.dtype == (torch.bfloat16 if AMPERE else torch.float16)
-    peak = machine.peak_flops(runtime.device)
-    row("GPUs", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
-    row("torch, CUDA", f"{torch.__version__}, {torch.version.cuda}")
-    row("peak by the data sheet", f"{peak / 1e12:.0f} TFLOP/s" if peak else "not in PEAK_TFLOPS")
-
-
-PRECISIONS = [("float32", "highest", 1e-4), ("float32", "high", 1e-3), ("auto", "high", 1e-2)]
-
-
-@pytest.mark.parametrize("dtype, precision, limit", PRECISIONS)
-def test_the_loss_is_that_of_transformers(tmp_path, dtype, precision, limit, device="cuda"):
-    """Theirs is in float32, with the same weights."""
-    theirs = their_model(n_positions=128, n_embd=256, n_layer=4, n_head=4)
-    theirs.save_pretrained(tmp_path)
-    here = Training(device, dtype=dtype, **SHAPE)
-    ours = GPT.from_pretrained(str(tmp_path)).to(here.runtime.device)
-    [rows] = here.runtime.to_device(here.tokens(1, 8))
-    x, y = rows[:, :-1], rows[:, 1:]
-    with torch.no_grad():
-        torch.set_float32_matmul_precision("highest")
-        logits = theirs.to(here.runtime.device)(x).logits
-        their_loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
-        torch.set_float32_matmul_precision(precision)
-        with here.runtime.autocast():
-            difference = apart(ours(x, y).item(), their_loss)
-    row(f"transformers' loss, {dtype}, {precision}", f"{difference:.0e} away", limit)
-    assert difference < limit
+    with some_hellaswag(42) as examples:
+        right = [int(number) for number in hellaswag.count_right(model, examples)]
+    return right, train_gpt2.generate(model, [1, 2, 3], 150, samples=1, top_k=1).tolist()
 
 
 def test_greedy_samples_and_hellaswag_are_those_of_the_cpu():
     assert choices("cuda") == choices("cpu")
 
 
-@pytest.mark.parametrize("dtype, limit", [("float32", 1e-4), ("auto", 5e-2)])
-def test_the_cache_changes_nothing(dtype, limit, device="cuda"):
-    """Attention takes other kernels where tokens are read in parts."""
-    here = Training(device, precision="highest", dtype=dtype, **SHAPE)
-    [tokens] = here.runtime.to_device(here.tokens(1, 4)[..., :99])
-    cache = here.model.new_cache()
-    with torch.no_grad(), here.runtime.autocast():
-        whole = here.model.hidden(tokens)
-        parts = [here.model.hidden(part, cache) for part in tokens.split([60, 1, 38], dim=1)]
-    assert (torch.cat(parts, dim=1) - whole).abs().max() < limit * whole.abs().max()
+PRECISIONS = [("highest", "float32", 1e-4), ("high", "float32", 1e-2), ("high", "bfloat16", 3e-2)]
+
+
+@pytest.mark.parametrize("precision, dtype, limit", PRECISIONS)
+def test_every_compiled_gradient_is_that_of_eager_float32(
+    precision, dtype, limit, device="cuda", sequences=8, **shape
+):
+    """The pinned torch can make wrong backward code (pytorch#193061), and the loss does not show
+    it. An H200 was 2.5e-6 away in float32 and 1.1% in bfloat16."""
+    here = Training(device, dtype="float32", **shape)
+    with torch.no_grad():
+        for parameter in here.model.parameters():  # also biases, which start as 0
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    [tokens] = here.runtime.to_device(here.tokens(1, sequences))
+
+    def gradients(dtype: str) -> dict:
+        here.model.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = here.model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        return {name: p.grad.double().clone() for name, p in here.model.named_parameters()}
+
+    torch.set_float32_matmul_precision("highest")  # float32 inside products; "high" is TF32
+    eager = gradients("float32")
+    torch.set_float32_matmul_precision(precision)
+    here.model.compile(dynamic=False)
+    found = gradients(dtype)
+    away = {name: float((found[name] - g).norm() / g.norm()) for name, g in eager.items()}
+    worst = max(away, key=away.get)
+    row(f"gradients, compiled, {dtype}, {precision}", f"{worst} {away[worst]:.0e} away", limit)
+    assert all(value < limit for value in away.values()), away
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -244,7 +191,6 @@ def test_a_step_waits_for_the_gpu_once(monkeypatch, dtype, compiled, device="cud
         here.step(tokens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    row(f"waits of a step, {dtype}, {'compiled' if compiled else 'eager'}", len(calls), 1)
     assert len(calls) == 1
 
 
@@ -261,78 +207,54 @@ def test_triton_compiles_twice_with_hellaswag_and_samples(tmp_path, device="cuda
     row("graphs compiled", graphs, "2, 0 breaks")
     row("the eager losses, compiled", f"{apart(compiled, eager):.0e} away", 1e-2)
     assert records(tmp_path / "compiled", "header")[0]["compiled"]
-    assert found == expected(training_graphs=1) and apart(compiled, eager) < 1e-2
+    assert found == EXPECTED and apart(compiled, eager) < 1e-2
 
 
-def fits(*args, **options):
-    """What `measure` returns, or None if that is out of memory."""
-    try:
-        return measure(*args, **options)
-    except Exception as error:
-        if not machine.is_out_of_memory(error):
-            raise
-        return None
+@pytest.mark.parametrize("sequences, compiled", [(16, True), (0, True), (0, False)])
+def test_memory_is_as_reckoned(sequences, compiled):
+    """For the lecture's 16 sequences, and for as many as main() chooses. bench.py times them."""
+    here = Training("cuda", compiled)
+    config, runtime = here.config, here.runtime
+    chosen = machine.choose_micro_batch(config, here.model, compiled, False, runtime)
+    sequences = min(sequences or chosen, chosen)
+    tokens = here.tokens(2, sequences)
+    here.step(tokens)  # makes AdamW's state
+    torch.cuda.reset_peak_memory_stats()
+    here.step(tokens)
+    peak = torch.cuda.max_memory_allocated()
+    count = sum(p.numel() for p in here.model.parameters())
+    reckoned = machine.step_bytes(config, count, sequences * 1024, compiled, runtime.dtype)
+    what = f"memory of {sequences} x 1024 tokens, {'compiled' if compiled else 'eager'}"
+    row(what, f"{peak / 1e9:.1f} GB", f"{reckoned / 1e9:.1f} GB")
+    assert peak == pytest.approx(reckoned, rel=0.15)
 
 
-@pytest.mark.parametrize("sequences", [16, 32])  # 64 are the most that are chosen, below
-def test_memory_is_as_reckoned(sequences):
-    lecture = "the lecture's A100: 90 ms" if sequences == 16 else ""
-    found = fits(f"{sequences} x 1024", "cuda", sequences, 1, 10, expected=lecture)
-    if not found:
-        pytest.skip(f"{sequences} sequences do not fit")
-    assert found[0] == pytest.approx(found[1], rel=0.15)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_chosen_micro_batch_fits_and_its_double_does_not(compiled):
-    here = Training("cuda")
-    size = machine.choose_micro_batch(here.config, here.model, compiled, here.runtime)
-    del here
-    free_memory()
-    free = torch.cuda.mem_get_info()[0]
-    what = f"the chosen micro-batch of {size}, {'compiled' if compiled else 'eager'}"
-    quoted = "llm.c: MFU 60%" if compiled else ""
-    peak, need = measure(what, "cuda", size, min(8, 512 // size), 3, compiled, quoted)
-    assert peak == pytest.approx(need, rel=0.15)
-    free_memory()
-    if 2 * size * 1024 <= 65536:  # the most that is ever chosen
-        found = fits("its double", "cuda", 2 * size, 2, 1, compiled)
-        assert not found or found[0] > 0.75 * free
-
-
-HOPELESS = {"eager": ["--no-compile"], "compiled": ["--compile"]}
-HOPELESS["validation"] = ["--compile", "--val_every", 1]
-
-
-@pytest.mark.parametrize("flags", HOPELESS.values(), ids=HOPELESS)
-def test_out_of_memory_is_one_line(tmp_path, flags):
-    for split in ("train", "val"):  # 4096 sequences
-        np.save(tmp_path / f"x_{split}_000000.npy", some_tokens(2**22 + 1, 1))
-    wide = ["--n_embd", 768, "--n_head", 12, "--n_layer", 2, "--seq_len", 1024, "--data", tmp_path]
-    wide += ["--batch_tokens", 2**22, "--micro_batch", 4096, "--device", "cuda", "--dtype", "auto"]
-    done = run(tmp_path, *TINY, *wide, *flags)
+@pytest.mark.parametrize("kind", ["--no-compile", "--compile"])
+def test_out_of_memory_is_one_line(tmp_path, kind):
+    wide = ["--n_embd", 768, "--n_head", 12, "--seq_len", 1024, "--device", "cuda"]
+    wide += ["--batch_tokens", 2**22, "--micro_batch", 4096]  # the logits alone have 844 GB
+    done = run(tmp_path, *TINY, *wide, kind)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.endswith("out of memory with --micro_batch 4096; try --micro_batch 2048")
+    assert last.startswith("train_gpt2.py: out of memory; try half the --micro_batch")
 
 
 def test_nccl_with_one_rank(device="cuda"):
-    """Training under DDP, a sum and the choice of a micro-batch, in a process group of one."""
+    """Training under DDP, a sum and a minimum, in a process group of one."""
     alone = Training(device, True, dtype="float32", **SHAPE)
     tokens = alone.tokens(2, 8)
     plain = [alone.step(tokens) for _ in range(3)]
     torch._dynamo.reset()
-    options = dict(backend="gloo")
-    if device == "cuda":
-        options = dict(backend="nccl", device_id=machine.find_device("cuda"))
-    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+    gpu = alone.runtime.device if device == "cuda" else None
+    options = dict(store=dist.HashStore(), rank=0, world_size=1, device_id=gpu)
+    dist.init_process_group("nccl" if gpu else "gloo", **options)
     try:
         here = Training(device, True, dtype="float32", **SHAPE)
-        here.ddp = DDP(here.model, gradient_as_bucket_view=True)
+        here.state.ddp = DDP(here.model, gradient_as_bucket_view=True)
         wrapped = [here.step(tokens) for _ in range(3)]
         here.runtime.world = 2  # so that it asks the others, of which there are none
         assert here.runtime.sum(1.5, torch.ones((), device=here.runtime.device)) == [1.5, 1.0]
-        assert machine.choose_micro_batch(here.config, here.model, True, here.runtime) > 0
+        assert here.runtime.least(7) == 7
     finally:
         dist.destroy_process_group()
     row("nccl, one rank: losses without DDP", f"{apart(wrapped, plain):.0e} away", 1e-3)
@@ -350,33 +272,24 @@ def test_nccl_with_two_ranks(tmp_path):
     assert apart(two, one) < 1e-3
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_kill_and_a_resume(tmp_path, deterministic, device="cuda", more=()):
-    """The losses of a run killed -9 and resumed are those of one that nobody disturbed.
+@pytest.mark.parametrize("kind, limit", [("--compile", 1e-3), ("--no-compile", 0)])
+def test_a_resumed_run(tmp_path, kind, limit, device="cuda"):
+    """The losses after --resume are those of a run that nobody disturbed.
 
     To 1e-3, because some gradients are added atomically, in any order; bit for bit with
     deterministic algorithms, but eagerly: the compiler times its kernels and takes the fastest.
     """
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"import sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt2\n"
-        f"torch.use_deterministic_algorithms({deterministic})\ntrain_gpt2.main(sys.argv[1:])\n"
-    )
-    kind = "--no-compile" if deterministic else "--compile"
     flags = [*SMALL, kind, "--device", device, "--dtype", "auto", "--learning_rate", 6e-4]
-    flags += ["--batch_tokens", 2**16, "--max_steps", 30, "--checkpoint_every", 5, "--resume"]
-    command = [*map(str, [sys.executable, script, *flags, *more, "--out_dir"])]
-    options = dict(env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, text=True)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    subprocess.run([*command, "quiet"], check=True, **options)
-    process = subprocess.Popen([*command, "killed"], **options, **pipes)
-    wait_for(recorded(tmp_path / "killed", 8), process, seconds=200)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was killed before its end"
-    subprocess.run([*command, "killed"], check=True, **options)
-    found = np.abs(losses(tmp_path / "killed") - losses(tmp_path / "quiet")).max()
-    limit = 0 if deterministic else 1e-3
-    exact = "bit for bit" if found == 0 else "not bit for bit"
-    how = "eager, deterministic" if deterministic else "compiled"
-    row(f"losses after kill -9 and --resume, {how}", f"{found:.0e} away, {exact}", limit)
+    flags += ["--checkpoint_every", 5]
+    torch.use_deterministic_algorithms(limit == 0)
+    try:
+        run_main(*flags, "--out_dir", "quiet")
+        shutil.copytree("quiet", "resumed")
+        max(tmp_path.glob("resumed/checkpoint_*.pt")).unlink()
+        run_main(*flags, "--out_dir", "resumed", "--resume")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert records(tmp_path / "resumed", "resume")[0]["step"] == 15
+    found = np.abs(losses(tmp_path / "resumed") - losses(tmp_path / "quiet")).max()
+    row(f"losses after --resume, {kind}", f"{found:.0e} away", limit)
     assert found <= limit

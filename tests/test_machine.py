@@ -1,0 +1,112 @@
+"""What support/machine.py knows about speed, and what several ranks make of it.
+
+Run by torchrun as a script, this file trains on ranks that have not the same free memory.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, TINY, make_shards, records, run
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt2
+from support import machine
+from train_gpt2 import GPT, GPTConfig
+
+# Each card by the name that torch gives it, and the TFLOP/s "with sparsity" that its data sheet
+# advertises: twice those of dense matrices.
+ADVERTISED = {
+    "NVIDIA GB200": 5000,
+    "NVIDIA B200": 4500,
+    "NVIDIA GH200 480GB": 1979,
+    "NVIDIA H200": 1979,
+    "NVIDIA H200 NVL": 1671,
+    "NVIDIA H100 80GB HBM3": 1979,
+    "NVIDIA H100 PCIe": 1513,
+    "NVIDIA H100 NVL": 1671,
+    "NVIDIA H20": 296,
+    "NVIDIA A100-SXM4-80GB": 624,
+    "NVIDIA A40": 299.4,
+    "NVIDIA A30": 330,
+    "NVIDIA A10": 250,
+    "NVIDIA A10G": 140,
+    "NVIDIA L40S": 733,
+    "NVIDIA L40": 362,
+    "NVIDIA L4": 242,
+    "NVIDIA RTX 6000 Ada Generation": 728.5,
+    "NVIDIA RTX A6000": 309.7,
+    "NVIDIA GeForce RTX 5090": 419,
+    "NVIDIA GeForce RTX 4090": 330.3,
+    "NVIDIA GeForce RTX 3090": 142,
+    "Tesla V100-SXM2-32GB": 2 * 125,  # these two know no sparsity
+    "Tesla T4": 2 * 65,
+}
+
+
+@pytest.mark.parametrize("name", ADVERTISED)
+def test_peaks_are_those_of_the_data_sheets(monkeypatch, name):
+    monkeypatch.setattr(machine, "device_name", lambda device: name)
+    gpu = torch.device("cuda")
+    assert machine.peak_flops(gpu, torch.bfloat16) == pytest.approx(0.5e12 * ADVERTISED[name], 0.02)
+    assert machine.peak_flops(gpu, torch.float32) is None, "which has another peak"
+
+
+def test_every_peak_is_tested():
+    assert len(machine.PEAK_TFLOPS) == len(ADVERTISED)
+
+
+def test_flops_per_token():
+    """torch counts the matrix products of GPT-2 (124M): in attention all of them, masked or not.
+
+    The formula also has 6 FLOPs for each bias and gain, a thousandth of the total.
+    """
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        model = GPT(GPTConfig())
+        tokens = torch.zeros(1, 1024, dtype=torch.long)
+        with counter:
+            model(tokens, tokens).backward()
+    counted = counter.get_total_flops() / 1024
+    assert counted == pytest.approx(0.855e9, rel=1e-3)
+    assert machine.flops_per_token(model, 1024) == pytest.approx(counted, rel=1e-3)
+
+
+def test_ranks_share_a_micro_batch_and_the_speed(tmp_path):
+    """Of 8 sequences a step, 4 fit on rank 0 at once, and 2 on rank 1."""
+    make_shards(tmp_path / "shards")
+    flags = ["--data", "shards", "--dtype", "bfloat16"]
+    done = run(tmp_path, *flags, script="tests/test_machine.py", processes=2, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"shape_{rank}").read_text() for rank in (0, 1)] == 2 * ["[2, 2, 17]"]
+    [header] = records(tmp_path / "log", "header")
+    assert header["micro_batch"] == 2
+    C, V, T = 16, 50304, 16
+    flops = (
+        6 * (12 * C**2 + 13 * C + V * C + 2 * C) + 12 * C * T
+    )  # the formula, for TINY's one layer
+    for record in records(tmp_path / "log", "train"):
+        expected = flops * record["tokens_per_second"] / 2 / 65e12
+        assert record["mfu"] == pytest.approx(expected, rel=1e-6)
+
+
+def train_on_a_rank() -> None:
+    rank = os.environ["RANK"]
+    step = train_gpt2.train_step
+
+    def note(state, batch, *args):
+        Path(f"shape_{rank}").write_text(str(list(batch.shape)))
+        return step(state, batch, *args)
+
+    train_gpt2.train_step = note
+    machine.choose_micro_batch = lambda *args: {"0": 4, "1": 2}[rank]
+    machine.device_name = lambda device: "Tesla T4"
+    train_gpt2.main([*TINY, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    train_on_a_rank()
