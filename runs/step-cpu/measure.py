@@ -24,29 +24,27 @@ WARMUP = 2  # steps that are not timed
 
 def make_our_step(compiled: bool, sizes: dict, tokens):
     """Return a function that does one of train_gpt2.py's training steps."""
-    import torch
-
     import train_gpt2
 
-    config = train_gpt2.TrainConfig(device="cpu")
-    runtime = train_gpt2.Runtime(config)
+    config = train_gpt2.TrainConfig()
+    runtime = train_gpt2.Runtime("cpu", "auto")
     model = train_gpt2.GPT(train_gpt2.GPTConfig(**sizes))
-    optimizers = train_gpt2.make_optimizers(model, config)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     if compiled:
         model.compile(dynamic=False)
+    state = train_gpt2.TrainState(model, config, runtime)
 
     def step():
-        train_gpt2.train_step(model, optimizers, scaler, tokens, 1e-4, False, config, runtime)
+        train_gpt2.train_step(state, tokens, 1e-4, config, runtime)
 
     return step
 
 
 def make_their_step(sizes: dict, tokens):
     """Return a function that does the same step with transformers."""
-    import machine
     import torch
     import transformers
+
+    from support import machine
 
     dtype = machine.choose_dtype("auto", torch.device("cpu"))
     sizes = dict(sizes)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import fineweb
 import hellaswag
 import train_gpt2
+from support import shards
 
 BATCH_TOKENS = 4096  # of a timed step, and of a timed validation
 MICRO_BATCH = 4
@@ -62,23 +63,20 @@ def measure_parts(folder: Path) -> None:
         batch_tokens=BATCH_TOKENS,
         micro_batch=MICRO_BATCH,
         val_tokens=BATCH_TOKENS,
-        max_steps=100,
-        device="cpu",
     )
-    runtime = train_gpt2.Runtime(config)
+    runtime = train_gpt2.Runtime("cpu", "auto")
     torch.manual_seed(0)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(seq_len=SEQ_LEN))
-    optimizers = train_gpt2.make_optimizers(model, config)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    shards, val_shards = fineweb.open_data(config.data)
-    loader = train_gpt2.DataLoaderLite(shards, SEQ_LEN, 1)
+    state = train_gpt2.TrainState(model, config, runtime)
+    train_shards, val_shards = shards.open_data(config.data, SEQ_LEN)
+    loader = train_gpt2.DataLoaderLite(train_shards, SEQ_LEN, config.seed)
     val_loader = train_gpt2.DataLoaderLite(val_shards, SEQ_LEN, None)
     reader = ThreadPoolExecutor(1)
     steps = itertools.count()
     waits = []
 
     def read():
-        return loader.batch(BATCH_TOKENS, MICRO_BATCH, runtime, next(steps))
+        return loader.batch(next(steps), config, runtime)
 
     def train():
         nonlocal ahead
@@ -86,22 +84,23 @@ def measure_parts(folder: Path) -> None:
         batch = runtime.to_device(ahead.result())
         ahead = reader.submit(read)
         waits.append(time.perf_counter() - start)
-        train_gpt2.train_step(model, optimizers, scaler, batch, 1e-4, False, config, runtime)
+        train_gpt2.train_step(state, batch, 1e-4, config, runtime)
 
     def validate():
-        train_gpt2.validation_loss(model, val_loader, config, MICRO_BATCH, runtime)
+        train_gpt2.validate(model, val_loader, config, runtime)
+
+    def score():
+        train_gpt2.score_hellaswag(model, examples, runtime)
 
     def sample():
-        with runtime.autocast():
-            train_gpt2.generate(model, prompt, 32)
+        train_gpt2.sample(model, config, 0, 32, runtime)
 
     examples = random_examples(64)
-    prompt = fineweb.gpt2_tokenizer().encode_ordinary(config.prompt)
     ahead = reader.submit(read)
     train()  # a warmup: it makes AdamW's state
     train_token = median_seconds(train) / BATCH_TOKENS
     val_token = median_seconds(validate) / BATCH_TOKENS
-    example = median_seconds(lambda: hellaswag.evaluate(model, examples, runtime), 2) / 64
+    example = median_seconds(score, 2) / 64
     samples = median_seconds(sample)
     wait = statistics.median(waits[1:])
     print(f"training {1 / train_token:.0f} tokens/s, validation {1 / val_token:.0f} tokens/s")
@@ -140,11 +139,11 @@ def measure_start(folder: Path, name: str, *flags: str) -> None:
     print(f"{name}: {seconds:.1f} s to the first step, {usage.ru_maxrss / 1e6:.2f} GB")
 
 
-def make_shards(folder: Path, shards: int, tokens: int) -> Path:
+def make_shards(folder: Path, count: int, tokens: int) -> Path:
     """Write shards of random tokens; the first is for validation."""
     folder.mkdir()
     ids = np.random.default_rng(0).integers(0, 50257, tokens).astype(np.uint16)
-    for i in range(shards):
+    for i in range(count):
         split = "train" if i else "val"
         fineweb.write_shard(folder / f"edufineweb_{split}_{i:06d}.npy", ids)
     return folder
