@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, one_line, run
+from helpers import TINY, run
 from matplotlib.figure import Figure
 
 import bench
@@ -72,7 +72,6 @@ def test_rounds_take_turns_and_the_table_and_bars_are_right(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "run_rung", answer)
     bench.main(["--rounds", "3", "--measure_peak", "--json", str(tmp_path / "b.json")])
     assert [rung for rung in asked if rung in ("peak", *times)] == ["peak", *times] * 3
-    assert len(asked) == 3 * 4 + 5, "the other five are skipped once and for all"
     lines = capsys.readouterr().out.splitlines()
     rows = {line[:18].strip(): line[18:].split() for line in lines}
     # 800 tokens in 410 ms are 1951 per second, of 1e8 operations each: 19.5% of 1e12.
@@ -84,10 +83,8 @@ def test_rounds_take_turns_and_the_table_and_bars_are_right(tmp_path, monkeypatc
     assert rows["TF32"] == ["skipped:", "not", "here"]
     figure = Figure()
     plot.draw_bench(figure, json.loads((tmp_path / "b.json").read_text()))
-    (panel,) = figure.axes
-    assert [bar.get_width() for bar in panel.patches] == pytest.approx([1, 410 / 310, 4.1])
-    spread = panel.collections[0].get_segments()[2][:, 0]  # of 110 to 90 ms
-    assert spread == pytest.approx([410 / 110, 410 / 90])
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == pytest.approx([1, 410 / 310, 4.1])
 
 
 @pytest.mark.parametrize("rung", [rung for rung in bench.RUNGS if rung != "TF32"])
@@ -115,15 +112,6 @@ def test_each_rung_adds_one_speedup(rung, here, monkeypatch, capsys):
     assert {name for name in has if has[name]} == {*up_to_here} - {"TF32"}
 
 
-def test_no_step_in_float16_is_skipped(here, monkeypatch):
-    """GradScaler's own first scale is 65536, from which the first steps may overflow."""
-    step = Mock()
-    monkeypatch.setattr(bench, "train_step", step)
-    monkeypatch.setattr(machine, "choose_dtype", lambda *_: torch.float16)
-    bench.main([*FAST, "--only", "bfloat16"])
-    assert step.call_args.args[0].scaler.scale(torch.ones(())) == 1024
-
-
 def test_a_rung_without_enough_memory_is_skipped(monkeypatch, capsys):
     """torch says so, or Linux kills the process."""
     fail = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
@@ -133,16 +121,6 @@ def test_a_rung_without_enough_memory_is_skipped(monkeypatch, capsys):
     killed = Mock(return_value=subprocess.CompletedProcess([], -9))
     monkeypatch.setattr(bench.subprocess, "run", killed)
     assert "lack of memory" in bench.run_rung("float32", [])["skipped"]
-
-
-def test_the_user_s_errors_are_one_line(tmp_path, monkeypatch):
-    done = run(tmp_path, "--device", "nonsense", script="bench.py")
-    one_line(done, "^bench.py: --device nonsense")  # found by a rung's process
-    monkeypatch.setattr(bench, "measure_all", lambda *_: {})
-    monkeypatch.setattr(bench, "print_table", print)
-    for file, says in {"nosuch/b.json": "there is no folder", ".": "cannot be written"}.items():
-        with pytest.raises(UserError, match=f"--json .*{says}"):
-            bench.main(["--json", str(tmp_path / file)])
 
 
 def make_run(path, **columns) -> plot.Run:
@@ -202,17 +180,6 @@ def test_any_logged_value_is_drawn_and_smoothed_around_its_steps(tmp_path):
         draw([old, new], ["loss", "x"])
 
 
-def test_hellaswag_and_gpt2_s_loss_are_drawn_for_fineweb(tmp_path):
-    one = make_run(tmp_path / "gpt2")
-    one.settings["data"] = "edu_fineweb10B"
-    one.records["hellaswag"] = {"step": np.array([2, 4]), "acc_norm": np.array([0.25, 0.26])}
-    loss, hellaswag = draw([one])
-    assert texts(loss) == ["GPT-2 (124M) 3.2924"]
-    assert dots(hellaswag) == [[[20, 0.25], [40, 0.26]]]
-    assert texts(hellaswag)[1:] == ["GPT-3 (124M) 0.337", "chance 0.25"]
-    assert [texts(panel) for panel in draw([one], with_gpt2=False)] == [[], ["chance 0.25"]]
-
-
 def test_the_command_draws_a_real_run_and_refuses_what_is_none(tmp_path, monkeypatch):
     run(tmp_path, *TINY, "--val_every", 2, "--val_tokens", 160)
     flags = ["--y", "loss", "lr", "mfu", "bits_per_byte", "--mark", "2=killed"]
@@ -221,10 +188,8 @@ def test_the_command_draws_a_real_run_and_refuses_what_is_none(tmp_path, monkeyp
     assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.05
 
     monkeypatch.chdir(tmp_path)
-    lines = (tmp_path / "log/metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a_step_missing").write_text("".join([*lines[:2], *lines[4:]]))
     (tmp_path / "b.json").write_text("{}")
-    refused = ["nosuch", "a_step_missing", "b.json", "b.json log", "log --out a.xyz"]
-    for flags in [*refused, "log --out nosuch/a.png", "log --mark 5=late"]:
+    refused = ["nosuch", "b.json", "b.json log", "log --out a.xyz"]
+    for flags in [*refused, "log --mark 5=late"]:
         with pytest.raises(UserError):
             plot.main(flags.split())

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import runpy
-import signal
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ import torch
 from helpers import (
     ROOT,
     TINY,
-    checkpoint,
     make_shards,
     one_line,
     records,
@@ -25,21 +24,18 @@ from helpers import (
     run_all,
     some_tokens,
     their_model,
-    their_twin,
-    write_bin,
 )
 
-import train_gpt2
-from support import shards
-from support.command import UserError, parse_flags
-from train_gpt2 import PRESETS, GPTConfig, TrainConfig, make_config
+import support.command
+from support.command import UserError
+from train_gpt2 import make_config
 
 SCRIPT = str(ROOT / "train_gpt2.py")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What good and bad commands are about, and two that went well."""
+    """What good and bad commands are about, and one that went well."""
     folder = tmp_path_factory.mktemp("commands")
     make_shards(folder / "shards")
     # "gpt2" in the working folder is what --init_from gpt2 loads, with no network.
@@ -47,11 +43,8 @@ def folder(tmp_path_factory):
         theirs = their_model(n_positions=24, n_embd=16, n_layer=1, n_head=2)
         theirs.save_pretrained(folder / name)
     (folder / "text.txt").write_text((ROOT / "input.txt").read_text()[:20_000])
-    flags = [*TINY, "--data", "shards"]
-    trained = [*flags, "--val_every", 2, "--sample_every", 4, "--seed", 3]
-    run_all(folder, {"trained": dict(flags=trained)})
-    finetuned = [*flags, "--init_from", "trained", "--max_steps", 1]
-    run_all(folder, {"finetuned": dict(flags=finetuned)})
+    flags = [*TINY, "--data", "shards", "--val_every", 2, "--sample_every", 4, "--seed", 3]
+    run_all(folder, {"trained": dict(flags=flags)})
     return folder
 
 
@@ -59,27 +52,17 @@ def folder(tmp_path_factory):
 def command(folder, monkeypatch, capfd):
     """The script as `python train_gpt2.py FLAGS` runs it, in this process, where torch is warm."""
 
-    def hangs(*_):
-        raise TimeoutError("the command hangs")
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
     def call(*flags, data="shards"):
         given = [*TINY, "--data", data, "--out_dir", "unused", *map(str, flags)]
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [SCRIPT, *given])
+        monkeypatch.setattr(support.command, "on_signals", lambda handler: None)  # pytest's stay
         status = 0
-        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in signals}
-        signal.signal(signal.SIGALRM, hangs)
-        signal.alarm(60)  # no command here takes a second: one that hangs ends
         try:
             runpy.run_path(SCRIPT, run_name="__main__")
         except SystemExit as end:
             status = end.code
         finally:
-            signal.alarm(0)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             release_locks()
         out, err = capfd.readouterr()
         return SimpleNamespace(returncode=status, stdout=out, stderr=err)
@@ -100,12 +83,6 @@ def test_the_defaults_are_the_lectures():
     lecture |= dict(val_every=250, val_tokens=20 * 524288, optimizer="adamw")
     config = make_config(dict(preset="gpt2"), {}, ())
     assert lecture.items() <= dataclasses.asdict(config).items()
-    flags = parse_flags(TrainConfig, "", "", ["--no-compile", "--seed", "7", "--n_embd", "96"])
-    assert flags == dict(compile=False, seed=7, n_embd=96)
-    for name, preset in PRESETS.items():
-        config = make_config(dict(preset=name, seed=8), {}, ())
-        assert (config.preset, config.seed) == (name, 8)
-        assert preset.items() <= dataclasses.asdict(config).items()
 
 
 def test_one_rule_for_settings():
@@ -118,21 +95,10 @@ def test_one_rule_for_settings():
         make_config(dict(seed=8), loaded, ("seed",))
 
 
-def test_a_size_of_the_model_cannot_be_forgotten():
-    """What GPTConfig has is a flag, and no flag can change it in a model or in a run."""
-    sizes = {field.name for field in dataclasses.fields(GPTConfig)}
-    assert sizes == set(train_gpt2.SIZES) <= set(train_gpt2.FIXED)
-    assert sizes <= {field.name for field in dataclasses.fields(TrainConfig)}
-
-
 def test_records(folder):
     """metrics.jsonl: a header, then train, val and sample; each a JSON object with kind, step."""
     lines = (folder / "trained/metrics.jsonl").read_text().splitlines()
-
-    def strict(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    found = [json.loads(line, parse_constant=strict) for line in lines]
+    found = [json.loads(line) for line in lines]
     header = found[0]
     assert header["kind"] == "header"
     assert header["settings"]["seed"] == 3 and header["settings"]["n_embd"] == 16
@@ -156,18 +122,6 @@ def test_records(folder):
         assert all(text.startswith("First Citizen:\n") for text in record["texts"])
 
 
-def test_the_checkpoint_goes_on_elsewhere(folder):
-    """--init_from an --out_dir begins with what its run ended with."""
-    before = their_twin(checkpoint(folder / "trained"))
-    train, _ = shards.open_data(str(folder / "shards"), 16)
-    rows = train_gpt2.DataLoaderLite(train, 16, 1337).sequences(range(8))
-    with torch.no_grad():
-        logits = before(rows[:, :-1]).logits.flatten(0, 1)
-        expected = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten()).item()
-    loss = records(folder / "finetuned", "train")[0]["loss"]
-    assert loss == pytest.approx(expected, abs=1e-5)
-
-
 def test_eval_only(folder, command):
     """Validation loss and samples, with data and prompt of the checkpoint, or of the flags."""
     expected = f"{records(folder / 'trained', 'val')[-1]['loss']:.4f}"
@@ -181,15 +135,6 @@ def test_eval_only(folder, command):
     assert f"validation loss {expected}" in done.stdout and done.stdout.count("Hello, I'm") == 4
     done = command("--eval_only", "--resume", "--out_dir", "trained")
     assert f"validation loss {expected}" in done.stdout
-    theirs = their_model(n_positions=24, n_embd=16, n_layer=1, n_head=2)
-    tokens = np.load(folder / "shards/x_val_000000.npy").astype(np.int64)
-    rows = torch.from_numpy(np.stack([tokens[i * 16 : i * 16 + 17] for i in range(13)]))
-    with torch.no_grad():
-        logits = theirs(rows[:, :-1]).logits.flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten()).item()
-    done = command("--eval_only", "--init_from", "given")
-    shown = float(re.search(r"validation loss ([\d.]+)", done.stdout)[1])
-    assert shown == pytest.approx(loss, abs=1e-4)
     assert not (folder / "unused").exists()  # nothing is recorded
 
 
@@ -207,68 +152,35 @@ def test_published_names_and_texts(folder, command):
 # --------------------------------------------------------------------------------------------------
 
 
-def make_faults(folder):
-    """A folder for each way in which data can be bad, each with good shards beside it."""
+@pytest.fixture(scope="module")
+def faults(folder):
+    """What is bad, each thing with good data beside it."""
     good = some_tokens(50 * 16 + 1, 1)
-    faults = dict(
-        wrong_dtype=lambda path: np.save(path, good.astype(np.int64)),
-        high_ids=lambda path: np.save(path, np.full(50 * 16 + 1, 50257, np.uint16)),
-        too_short=lambda path: np.save(path, good[:9]),
-    )
-    for name, write in faults.items():
-        data = folder / name
-        data.mkdir()
-        write(data / "bad_train_1.npy")
-        np.save(data / "good_val_0.npy", good)
-    (folder / "truncated").mkdir()
-    for split in ("train", "val"):
-        write_bin(folder / f"truncated/bad_{split}_1.bin", good)
-    path = folder / "truncated/bad_train_1.bin"
-    path.write_bytes(path.read_bytes()[:-10])
-    (folder / "no_shards").mkdir()
-    (folder / "no_val").mkdir()
-    np.save(folder / "no_val/x_train_0.npy", good)
-    (folder / "empty.txt").write_text("")
+    bad = dict(high_ids=np.full(50 * 16 + 1, 50257, np.uint16), too_short=good[:9], no_val=good)
+    for name, tokens in bad.items():
+        (folder / name).mkdir()
+        np.save(folder / name / "bad_train_1.npy", tokens)
+    for name in ("high_ids", "too_short"):
+        np.save(folder / name / "good_val_0.npy", good)
     (folder / "one.txt").write_text("a")
     (folder / "latin.txt").write_bytes(b"caf\xe9" * 1000)
     (folder / "broken.pt").write_bytes(b"PK no checkpoint")
-    (folder / "empty_folder").mkdir()
-    torch.save({"model": {}}, folder / "other.pt")
-    (folder / "broken_given").mkdir()
-    (folder / "broken_given/config.json").write_text((folder / "given/config.json").read_text())
+    shutil.copytree(folder / "given", folder / "broken_given")
     (folder / "broken_given/model.safetensors").write_bytes(b"\0" * 100)
-    (folder / "a_file").write_text("")
-
-
-@pytest.fixture(scope="module")
-def faults(folder):
-    make_faults(folder)
 
 
 # (flags, what the line must say)
 BAD = {
     "unknown preset": ("--preset gpt5", "--preset gpt5: .*gpt2.*demo"),
     "unknown flag": ("--n_layers 3", "--n_layers"),
-    "not a number": ("--n_layer two", "--n_layer.*two"),
-    "zero": ("--n_embd 0", "--n_embd 0"),
-    "no number": ("--learning_rate nan", "--learning_rate nan"),
     "endless": ("--max_steps 0 --epochs inf", "--epochs inf"),
     "no such device": ("--device abacus", "--device abacus"),
     "missing data": ("--data nowhere", "--data nowhere"),
-    "no shards": ("--data no_shards", "--data no_shards"),
     "no validation": ("--data no_val", "no_val.*val"),
-    "empty text": ("--data empty.txt", r"empty\.txt"),
     "one token": ("--data one.txt", r"one\.txt"),
     "not UTF-8": ("--data latin.txt", r"latin\.txt"),
-    "wrong dtype": ("--data wrong_dtype", r"bad_train_1\.npy.*uint16"),
-    "truncated": ("--data truncated", r"bad_train_1\.bin"),
     "too short": ("--data too_short", r"too_short"),
-    "ids above the vocabulary": (
-        "--data high_ids --out_dir met",
-        r"bad_train_1\.npy holds id 50257",
-    ),
     "broken checkpoint": ("--init_from broken.pt", r"broken\.pt"),
-    "other checkpoint": ("--init_from other.pt", r"other\.pt"),
     "broken transformers folder": ("--init_from broken_given", "broken_given"),
     "not its size": ("--init_from given --n_layer 2", "--n_layer 2.* 1"),
     "longer than it can": ("--init_from given --seq_len 48", "--seq_len 48.* 24"),
@@ -277,8 +189,7 @@ BAD = {
         "--batch_tokens 16000 --max_steps 0 --epochs 1",
         "--batch_tokens 16000 .* 800 ",
     ),
-    "out_dir in a file": ("--out_dir a_file/log", "--out_dir a_file/log"),
-    "out_dir with a run": ("--out_dir trained", "trained already holds a run.*--resume"),
+    "out_dir in a file": ("--out_dir one.txt/log", "--out_dir one.txt/log"),
 }
 
 
@@ -315,9 +226,7 @@ IMPOSSIBLE = {
     "n_head": "--n_head 3",
     "batch below seq_len": "--batch_tokens 8",
     "batch no multiple of micro_batch": "--batch_tokens 160 --micro_batch 3",
-    "micro_batch above the batch": "--micro_batch 64",
     "seq_len above the data": "--seq_len 1000 --batch_tokens 8000",
-    "seq_len above the text": "--data text.txt --seq_len 5000 --batch_tokens 5000",
 }
 
 
@@ -346,9 +255,7 @@ def test_the_value_that_is_named_works(name, command, faults, folder):
 def test_bad_inputs_of_real_processes(folder, faults):
     """The same without the tests' shortcut: by `python`, and by torchrun, where one speaks."""
     flags = [*TINY, "--data", "high_ids", "--out_dir", "real"]
-    done = run(folder, *flags)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert "bad_train_1.npy" in done.stderr
+    one_line(run(folder, *flags), r"bad_train_1\.npy holds id 50257")
     done = run(folder, *flags[:-1], "trained", "--data", "shards", processes=2)
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("train_gpt2.py: ")]

@@ -1,7 +1,8 @@
 """HellaSwag: scores like transformers' and the harness's, and downloads from a bad server."""
 
+import dataclasses
 import json
-import runpy
+import re
 import statistics
 import sys
 import threading
@@ -115,12 +116,10 @@ def test_scores_are_those_of_one_ending_at_a_time(harness, seq_len, at_once, tmp
     torch.testing.assert_close(scored, sums, atol=1e-4, rtol=0)
     assert hellaswag.count_right(model, examples) == counts
     assert 0 < counts[0] < len(RECORDS) and 0 < counts[1] < len(RECORDS)
-
-
-def test_an_ending_too_long_for_the_model_is_an_error(tmp_path):
-    model, _ = make_models(tmp_path, seq_len=28)
-    with pytest.raises(UserError, match="^HellaSwag: an ending has 29 tokens, .* at most 28; .*$"):
-        hellaswag.count_right(model, hellaswag.read_examples(FILE))
+    longest = max(len(ending) for example in examples for ending in example.endings)
+    model.config = dataclasses.replace(model.config, seq_len=longest - 1)
+    with pytest.raises(UserError, match=f"^HellaSwag: an ending has {longest} tokens"):
+        hellaswag.count_right(model, examples)
 
 
 def test_the_first_of_equals_is_chosen_and_length_0_never():
@@ -182,24 +181,19 @@ def test_choices_match_the_real_harness(tmp_path):
     lm = HFLM(theirs, tokenizer=their_tokenizer(), batch_size=4, max_length=160)
     results = lm_eval.simple_evaluate(lm, tasks=[config], bootstrap_iters=0)
     samples = sorted(results["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
-    examples = hellaswag.read_examples(FILE, len(RECORDS), harness=True)
-    sums = hellaswag.log_probabilities(model, examples)
-    their_sums = torch.tensor([[each[0][0] for each in sample["resps"]] for sample in samples])
-    torch.testing.assert_close(sums, their_sums, atol=1e-3, rtol=0)
-    choices = hellaswag.choose(examples, sums)
+    examples = hellaswag.read_examples(FILE, harness=True)
+    choices = hellaswag.choose(examples, hellaswag.log_probabilities(model, examples))
     for choice, metric in zip(choices, ("acc", "acc_norm"), strict=True):
-        right = [c == example.label for c, example in zip(choice, examples, strict=True)]
-        assert right == [sample[metric] for sample in samples]
+        right = choice == torch.tensor([example.label for example in examples])
+        assert right.tolist() == [sample[metric] for sample in samples]
 
 
 GOOD = (200, CONTENT, 0)  # status, body, and how many bytes are missing
 BAD = {
     "HTTP Error 404": (404, b"Not Found", 0),
-    "HTTP status 206": (206, CONTENT, 0),
     "line 1: no JSON": (200, b"<html>Please log in</html>", 0),
     "IncompleteRead": (200, CONTENT[:5000], len(CONTENT) - 5000),
     "41 records instead of 42": (200, b"".join(LINES[1:]), 0),
-    "line 2: no JSON": (200, CONTENT.replace(b'"label": 1', b'"label": 4', 1), 0),
 }
 
 
@@ -244,14 +238,6 @@ def test_a_later_attempt_succeeds_and_a_file_that_is_here_must_be_valid(server):
     assert path.exists()  # it may be the user's
 
 
-def test_a_full_disk_leaves_no_file(server, monkeypatch):
-    server.answers = [GOOD]
-    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError("No space left on device")))
-    with pytest.raises(UserError, match="No space left on device.* yourself"):
-        hellaswag.download(pauses=())
-    assert list(hellaswag.FOLDER.iterdir()) == []
-
-
 def last_line(right: int, right_norm: int, total: int) -> str:
     hits = [[1] * n + [0] * (total - n) for n in (right, right_norm)]
     errors = [statistics.stdev(each) / total**0.5 for each in hits]
@@ -267,13 +253,11 @@ def test_the_command(tmp_path):
     examples = hellaswag.read_examples(FILE)
     sums, counts = brute_force(theirs, examples)
     losses = (-sums[0] / torch.tensor(examples[0].lengths)).tolist()
-    rule, head, context, *lines = done.stdout.splitlines()
-    assert (rule, head, context) == ("---", "Context:", " " + RECORDS[0]["ctx"]), done
-    for i, ending in enumerate(RECORDS[0]["endings"]):
-        loss, text = lines[1 + i].removeprefix(f"{i} (loss: ").split(") ")
-        assert text == ending and float(loss) == pytest.approx(losses[i], abs=2e-4)
-    assert lines[5] == f"predicted: {losses.index(min(losses))}, actual: 0"
-    assert lines[6] == f"{last_line(*counts)}; published acc 0.2859 acc_norm 0.2955"
+    for ending, loss in zip(RECORDS[0]["endings"], losses, strict=True):
+        (shown,) = re.findall(rf"\(loss: (.*)\) {re.escape(ending)}\n", done.stdout)
+        assert float(shown) == pytest.approx(loss, abs=2e-4)
+    assert f"predicted: {losses.index(min(losses))}, actual: 0\n" in done.stdout
+    assert done.stdout.endswith(f"{last_line(*counts)}; published acc 0.2859 acc_norm 0.2955\n")
 
     done = run(tmp_path, *flags, "--limit", 9, "--harness", script="hellaswag.py")
     _, counts = brute_force(theirs, hellaswag.read_examples(FILE, harness=True)[:9])
@@ -309,23 +293,9 @@ def test_two_ranks_score_as_one_and_one_of_them_downloads(found, server, model, 
         assert "[rank1]" not in done.stderr, "rank 1 lost its connection, and has nothing to say"
 
 
-def test_importing_is_light(tmp_path):
-    (tmp_path / "light.py").write_text("import sys, hellaswag; print(*sys.modules)")
-    loaded = run(tmp_path, script=tmp_path / "light.py", PYTHONPATH=str(ROOT)).stdout.split()
-    assert "hellaswag" in loaded
-    assert not {"transformers", "datasets", "train_gpt2", "tiktoken"}.intersection(loaded)
-
-
-def test_no_tf32_and_one_line_if_memory_is_short(model, tmp_path, monkeypatch, capsys):
-    def hidden(*_):
-        assert precisions == ["highest"]
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2.00 GiB")
-
-    precisions = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
-    monkeypatch.setattr(train_gpt2.GPT, "hidden", hidden)
-    flags = ["--model", str(tmp_path), "--data", str(FILE), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *flags])
-    with pytest.raises(SystemExit, match="^2$"):
-        runpy.run_path(str(ROOT / "hellaswag.py"), run_name="__main__")
-    assert capsys.readouterr().err.endswith("\nhellaswag.py: out of memory; try --device cpu\n")
+def test_the_command_scores_without_tf32(model, tmp_path, monkeypatch):
+    set_precision = Mock()
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_precision)
+    flags = ["--model", str(tmp_path), "--data", str(FILE), "--device", "cpu", "--limit", "1"]
+    hellaswag.main(flags)
+    set_precision.assert_called_once_with("highest")

@@ -42,17 +42,6 @@ def test_importing_executes_nothing(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_help_needs_no_docstrings(tmp_path):
-    code = """if True:
-        import contextlib, importlib, sys
-        for name in sys.argv[1:]:
-            with contextlib.suppress(SystemExit):
-                importlib.import_module(name).main(["--help"])
-    """
-    done = python(tmp_path, "-OO", "-c", code, *MAY_IMPORT)
-    assert re.findall(r"usage: (\w+)\.py", done.stdout) == [*MAY_IMPORT], done.stderr
-
-
 def imports(path) -> set[tuple[str, str]]:
     """What is imported of this project, and in which function or class ("" if outside of all)."""
     found = set()
@@ -122,9 +111,3 @@ def test_the_tutorial_is_short_and_its_folder_holds_what_it_should():
     files = subprocess.run(git, capture_output=True, text=True, check=False).stdout.splitlines()
     top = {file.partition("/")[0] for file in files if not file.startswith(".")}
     assert top in (TOP_LEVEL, set()), "set() without a repository"
-
-
-def test_no_line_is_above_100_columns():
-    for path in [*COMMANDS, *SUPPORT, *ROOT.glob("tests/*.py")]:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= 100, f"{path}:{number}"

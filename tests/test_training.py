@@ -1,16 +1,12 @@
 """The real loop, by its command, against plain loops written here."""
 
 import math
-import platform
-import re
-import shlex
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT,
     TINY,
     checkpoint,
     in_their_layout,
@@ -24,21 +20,15 @@ from helpers import (
 )
 from night import facts
 
-import support.shards as fineweb
 import train_gpt2
-from support import machine
-from train_gpt2 import GPT, DataLoaderLite, GPTConfig, TrainConfig
+from support.shards import gpt2_tokenizer, open_data
+from train_gpt2 import DataLoaderLite, TrainConfig
 
 T = 16  # and 8 sequences a step: 50 in the data are an epoch of a little over 6 steps
 LOOP = ["--data", "shards", "--max_steps", 14, "--learning_rate", 3e-3]
 LOOP += ["--warmup_tokens", 10 * 128, "--weight_decay", 0.3, "--grad_clip", 0.5, "--seed", 5]
 GIVEN = ["--init_from", "given", "--micro_batch", 2]
 VALIDATE = ["--val_every", 5, "--val_tokens", 12 * T + 5]
-
-
-# --------------------------------------------------------------------------------------------------
-# Parts by hand
-# --------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate():
@@ -49,44 +39,6 @@ def test_learning_rate():
     points[400] = 0.1 + 0.9 * (0.5 - 0.25 * math.sqrt(2))
     for tokens, lr in points.items():
         assert train_gpt2.learning_rate(tokens, 500, config) == pytest.approx(lr, rel=1e-12)
-    whole = TrainConfig(learning_rate=1.0, min_lr_ratio=0.0, warmup_tokens=0)
-    assert train_gpt2.learning_rate(500, 1000, whole) == pytest.approx(0.5)
-    assert train_gpt2.learning_rate(1000, 1000, whole) == pytest.approx(0.0, abs=1e-12)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_what_decays_and_by_what_it_is_trained(optimizer):
-    """Matrices and embeddings decay, biases and LayerNorm do not; each parameter stands once.
-
-    With muon, all that is a matrix in a block is Muon's, and nothing else.
-    """
-    model = GPT(GPTConfig(seq_len=8, vocab_size=10, n_layer=2, n_head=1, n_embd=4))
-    config = TrainConfig(weight_decay=0.25, optimizer=optimizer)
-    names = {p: name for name, p in model.named_parameters()}
-    decay, kinds = {}, {}
-    for kind in train_gpt2.make_optimizers(model, config):
-        for group in kind.param_groups:
-            for p in group["params"]:
-                assert names[p] not in decay
-                decay[names[p]], kinds[names[p]] = group["weight_decay"], type(kind)
-                if isinstance(kind, torch.optim.AdamW):
-                    assert group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8
-    assert decay.keys() == set(names.values())
-    vectors = re.compile(r"bias$|ln_\w+\.weight$")
-    assert all(d == (0.0 if vectors.search(name) else 0.25) for name, d in decay.items())
-    of_muon = {name for name, kind in kinds.items() if kind is torch.optim.Muon}
-    inside = re.compile(r"\.h\.\d\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-    assert of_muon == {n for n in names.values() if inside.search(n) and optimizer == "muon"}
-    assert len(of_muon) == (8 if optimizer == "muon" else 0)
-
-
-@pytest.mark.parametrize("libc", ["as here", "none"])
-def test_keep_freed_memory_works_anywhere(monkeypatch, libc):
-    """The call for glibc is made where glibc is, and elsewhere nothing happens."""
-    if libc == "none":
-        monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-        monkeypatch.setattr(machine.ctypes, "CDLL", None)
-    machine.keep_freed_memory()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,8 +56,6 @@ def runs(tmp_path_factory):
     ways = {
         "from given weights": [*GIVEN, "--max_steps", 30],
         "1 process, 8": ["--micro_batch", 8, *VALIDATE],
-        "1 process, 4": ["--micro_batch", 4],
-        "1 process, 2": ["--micro_batch", 2],
         "1 process, 1": ["--micro_batch", 1, *VALIDATE],
         "2 processes, 4": ["--micro_batch", 4, *VALIDATE],
         "2 processes, 1": ["--micro_batch", 1],
@@ -121,8 +71,8 @@ def runs(tmp_path_factory):
 
 def training_data(folder):
     """The sequences in the order of the run, which test_data.py holds against its promises."""
-    shards = [fineweb.open_shard(path) for path in fineweb.list_shards(folder / "shards", "train")]
-    return DataLoaderLite(shards, T, seed=5)
+    train, _ = open_data(str(folder / "shards"), T)
+    return DataLoaderLite(train, T, seed=5)
 
 
 def their_loss(model, rows: torch.Tensor) -> torch.Tensor:
@@ -234,14 +184,8 @@ def test_processes_and_micro_batches_change_nothing(runs):
     assert len(one) == 14
     # Batches differ by more than the tolerance: taking another one would be seen.
     assert np.min(np.abs(np.diff(one))) > 3e-4
-    for name in ("1 process, 4", "1 process, 2", "1 process, 1", "2 processes, 4"):
+    for name in ("1 process, 1", "2 processes, 4", "2 processes, 1"):
         np.testing.assert_allclose(losses(folder / name), one, atol=1e-4, err_msg=name)
-    np.testing.assert_allclose(losses(folder / "2 processes, 1"), one, atol=1e-4)
-    norms = {
-        name: [record["grad_norm"] for record in records(folder / name, "train")]
-        for name in ("1 process, 8", "2 processes, 1")
-    }
-    np.testing.assert_allclose(*norms.values(), rtol=1e-3)
 
 
 def test_validation_is_the_same_however_it_is_cut(runs):
@@ -255,8 +199,8 @@ def test_validation_is_the_same_however_it_is_cut(runs):
             losses(folder / name, "val"), losses(folder / names[0], "val"), atol=1e-4
         )
     # val_tokens are 12 sequences and a bit; the shard has 13 and a tail.
-    (path,) = fineweb.list_shards(folder / "shards", "val")
-    tokens = torch.from_numpy(np.load(path).astype(np.int64))
+    _, (shard,) = open_data(str(folder / "shards"), T)
+    tokens = torch.from_numpy(shard.astype(np.int64))
     model = their_twin(checkpoint(folder / names[0]))
     nats = []
     with torch.no_grad():
@@ -265,7 +209,7 @@ def test_validation_is_the_same_however_it_is_cut(runs):
             nats += [-log_p[t, tokens[first + t + 1]].item() for t in range(T)]
     assert len(nats) == 12 * T
     assert val[names[0]][-1]["loss"] == pytest.approx(np.mean(nats), abs=1e-5)
-    text = fineweb.gpt2_tokenizer().decode_bytes(tokens[1 : 12 * T + 1].tolist())
+    text = gpt2_tokenizer().decode_bytes(tokens[1 : 12 * T + 1].tolist())
     bits = sum(nats) / math.log(2) / len(text)
     assert val[names[0]][-1]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
@@ -283,66 +227,34 @@ def test_float16_trains(runs):
 # Compiled, and in bfloat16
 # --------------------------------------------------------------------------------------------------
 
-SMALL = shlex.split(
-    "--preset demo --n_layer 2 --n_head 2 --n_embd 48 --seq_len 32 --batch_tokens 128"
-)
-SMALL += shlex.split(
-    "--device cpu --no-compile --warmup_tokens 2000 --max_steps 100 --sample_every 0"
-    " --optimizer adamw --learning_rate 4e-3"
-)
-SMALL += ["--val_every", 100, "--val_tokens", 2000]
 
-
-@pytest.fixture(scope="module")
-def compiled_runs(tmp_path_factory):
-    """The same run compiled, on two processes, and eager, on one."""
-    folder = tmp_path_factory.mktemp("compiled")
-    make_shards(folder / "shards")
+def test_compiled_runs_agree_with_eager_ones(tmp_path):
+    """Promise 5: losses within 1e-3, with validation and samples, on two processes."""
+    make_shards(tmp_path / "shards")
     flags = [*TINY, *LOOP, *VALIDATE, "--micro_batch", 2, "--max_steps", 6, "--sample_every", 3]
-    logs = dict(TORCH_LOGS="recompiles,graph_breaks", TORCHINDUCTOR_COMPILE_THREADS="1")
     jobs = {
-        "compiled": dict(flags=[*flags, "--compile"], processes=2, **logs),
+        "compiled": dict(flags=[*flags, "--compile"], processes=2),
         "eager": dict(flags=flags),
     }
-    return folder, run_all(folder, jobs)
-
-
-def test_compiled_runs_agree_with_eager_ones(compiled_runs):
-    """Promise 5: losses within 1e-3, with validation and samples, on two processes."""
-    folder, done = compiled_runs
+    done = run_all(tmp_path, jobs)
     for kind, count in (("train", 6), ("val", 3)):
-        compiled, eager = (losses(folder / name, kind) for name in ("compiled", "eager"))
+        compiled, eager = (losses(tmp_path / name, kind) for name in ("compiled", "eager"))
         assert len(compiled) == count
         np.testing.assert_allclose(compiled, eager, atol=1e-3)
     for name in ("compiled", "eager"):
-        assert [record["step"] for record in records(folder / name, "sample")] == [0, 3, 6]
+        assert [record["step"] for record in records(tmp_path / name, "sample")] == [0, 3, 6]
         assert name in done[name].stdout
-    names = [checkpoint(folder / name)["model"].keys() for name in ("compiled", "eager")]
-    assert names[0] == names[1]
-
-
-def test_few_graphs_are_compiled(compiled_runs):
-    """One for training and one for validation: whole ones, for each process, and no more."""
-    log = compiled_runs[1]["compiled"].stderr
-    assert len(re.findall(r"Recompiling function forward", log)) == 2, log  # 1 a process
-    assert "Graph break" not in log
+    compiled, eager = (checkpoint(tmp_path / name)["model"] for name in ("compiled", "eager"))
+    assert compiled.keys() == eager.keys()
 
 
 def test_bfloat16_trains_as_well_as_float32(tmp_path):
-    """Promise 6, a short run on the demo's text: the final loss within 0.05, far below the first.
-
-    Bits per byte of the text are by hand, too: its last tenth, as tokens, and their bytes.
-    """
+    """Promise 6, a short run on the demo's text: final losses within 0.05, far below the first."""
+    flags = [*TINY, "--n_layer", 2, "--n_embd", 48, "--seq_len", 32, "--max_steps", 100]
+    flags += ["--warmup_tokens", 2000, "--val_every", 100, "--val_tokens", 2000]
     dtypes = ("float32", "bfloat16")
-    run_all(tmp_path, {dtype: dict(flags=[*SMALL, "--dtype", dtype]) for dtype in dtypes})
+    run_all(tmp_path, {dtype: dict(flags=[*flags, "--dtype", dtype]) for dtype in dtypes})
     full, half = (losses(tmp_path / dtype, "val") for dtype in dtypes)
     assert full[-1] < full[0] - 2.5
     assert half[-1] == pytest.approx(full[-1], abs=0.05)
     assert half[-1] != full[-1]
-    text = (ROOT / "input.txt").read_text()
-    tokenizer = fineweb.gpt2_tokenizer()
-    tokens = tokenizer.encode_ordinary(text[int(0.9 * len(text)) :])[: 62 * 32 + 1]
-    per_token = len(tokenizer.decode_bytes(tokens[1:])) / (62 * 32)  # 62 whole sequences in 2000
-    for record in records(tmp_path / "float32", "val"):
-        expected = record["loss"] / math.log(2) / per_token
-        assert record["bits_per_byte"] == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,96 @@
+"""Several ranks under torchrun: as many as one, warned, killed and restarted, on two machines."""
+
+import os
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, TINY, losses, make_shards, run
+from night import RECIPE, agent, facts, free_port, night, recorded, wait_for, workers
+
+FLAGS = [*TINY, "--max_steps", 60, "--checkpoint_every", 10, "--data", "shards"]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """A folder with shards and the run `quiet`, two ranks that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_shards(folder / "shards")
+    done = run(folder, *FLAGS, "--out_dir", "quiet", processes=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_killed_rank(quiet):
+    """The ranks continue from the last checkpoint; the records are the quiet run's to the bit."""
+    process = night(quiet, *FLAGS, "--out_dir", "killed", "--resume", processes=2)
+    wait_for(recorded(quiet / "killed", 35), process)
+    os.kill(workers(process.pid)[0], signal.SIGKILL)  # rank 0: the others need its store
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "killed/checkpoint_00000" in said, "they did not continue"
+    assert facts(quiet / "killed") == facts(quiet / "quiet")
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_two_machines(quiet, killed):
+    """Two torchrun agents meet and train one run. If a rank dies, both start theirs again."""
+    port = free_port()
+    name = f"machines_{killed}"
+    flags = [*FLAGS, "--out_dir", name, "--resume"]
+    agents = [agent(quiet, port, *flags) for _ in range(2)]
+    wait_for(recorded(quiet / name, 35), agents[0])
+    if killed:
+        os.kill(workers(agents[1].pid)[0], signal.SIGKILL)
+    said = [each.communicate(timeout=120)[0] for each in agents]
+    assert [each.returncode for each in agents] == [0, 0], said
+    assert facts(quiet / name) == facts(quiet / "quiet")
+
+
+def test_a_signal_to_one_of_two_ranks(quiet):
+    """Both stop after the same step, with a checkpoint."""
+    flags = [*FLAGS, "--max_steps", 5000, "--out_dir", "warned"]
+    process = night(quiet, *flags, processes=2)
+    wait_for(recorded(quiet / "warned", 20), process)
+    os.kill(workers(process.pid)[-1], signal.SIGUSR1)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "--resume" in said, said
+    content = torch.load(max((quiet / "warned").glob("checkpoint_*.pt")), weights_only=True)
+    assert content["step"] == len(losses(quiet / "warned"))
+
+
+def test_four_ranks_continue_what_two_began(quiet):
+    """A step is the same, whoever shares its batch."""
+    folder = shutil.copytree(quiet / "quiet", quiet / "grown")
+    (folder / "checkpoint_0000060.pt").unlink()
+    done = run(quiet, "--out_dir", "grown", "--resume", processes=4)
+    assert done.returncode == 0 and "checkpoint_0000050.pt" in done.stdout, done.stderr
+    np.testing.assert_allclose(losses(folder), losses(quiet / "quiet"), rtol=1e-6)
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(quiet):
+    """Two machines without a shared --out_dir: each rank finds its own newest checkpoint."""
+    script = quiet / "apart.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_gpt2\nfrom support.command import run_command\n"
+        "out = ['--out_dir', 'mine' + os.environ['RANK'], '--resume']\n"
+        "run_command('x', lambda: train_gpt2.main(sys.argv[1:] + out))\n"
+    )
+    for name in ("mine0", "mine1"):
+        shutil.copytree(quiet / "quiet", quiet / name)
+    (quiet / "mine1/checkpoint_0000060.pt").unlink()
+    done = run(quiet, "--device", "cpu", script=script, processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("x: the ranks found different checkpoints") == 1, done.stderr
+
+
+def test_readme_gives_the_recipe():
+    """README.md restarts ranks, and always with the variable without which they may hang."""
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^.*torchrun .*--max-restarts.*$", readme, re.MULTILINE)
+    ((name, value),) = RECIPE.items()
+    assert commands and all(line.startswith(f"{name}={value} torchrun") for line in commands)
