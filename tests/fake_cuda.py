@@ -4,9 +4,9 @@
         train_gpt2.main(["--device", "cuda", "--no-compile", ...])
         print(waits)
 
-Inside the context torch.cuda is available and the device "cuda:0" works. A tensor there is an OnGPU:
-it says that it is on cuda:0 and has CUDA's dispatch keys, so autograd and autocast treat it as
-CUDA's. It holds its numbers in a CPU tensor. Every operation
+Inside the context torch.cuda is available and the device "cuda:0" works. A tensor there is an
+OnGPU: it says that it is on cuda:0 and has CUDA's dispatch keys, so autograd and autocast treat it
+as CUDA's. It holds its numbers in a CPU tensor. Every operation
 
 - raises DeviceMismatch if it mixes devices where CUDA refuses to;
 - is counted in `waits`, by the project's line, if on a GPU the CPU has to wait for it;

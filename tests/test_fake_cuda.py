@@ -33,8 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 def resume(out_dir: str, *flags) -> None:
     """Continue a finished run from its last checkpoint but one."""
-    newest = max(Path(out_dir).glob("checkpoint_*.pt"))
-    newest.unlink()
+    max(Path(out_dir).glob("checkpoint_*.pt")).unlink()
     run_main(*FLAGS, *flags, "--out_dir", out_dir, "--resume")
     assert len(records(Path(out_dir), "resume")) == 1
 
@@ -63,8 +62,7 @@ def test_a_run_in_float32_repeats_the_cpu(folder, capsys):
         run_main(*FLAGS, *on_gpu, "--out_dir", "gpu")
         resume("gpu", *on_gpu)
         run_main(*FLAGS, *on_gpu, "--init_from", "gpu", "--eval_only")
-    [header] = records(folder / "gpu", "header")
-    assert header["device"]["kind"] == "cuda"
+    assert records(folder / "gpu", "header")[0]["device"]["kind"] == "cuda"
     last = records(folder / "gpu", "val")[-1]["loss"]
     assert f"\nvalidation loss {last:.4f}" in capsys.readouterr().out
     assert max(apart("train", "loss"), apart("train", "grad_norm")) < 1e-4
@@ -91,8 +89,7 @@ def test_half_precision(folder, name, capability, optimizer, dtype, more_waits, 
         run_main(*FLAGS, *on_gpu, "--out_dir", "gpu")
         assert waits_by_place()["train_step"] == more_waits
         resume("gpu", *on_gpu)
-    [header] = records(folder / "gpu", "header")
-    assert header["dtype"] == dtype
+    assert records(folder / "gpu", "header")[0]["dtype"] == dtype
     assert 0 < apart("train", "loss") < 1e-3 and 0 < apart("val", "loss") < 1e-3
     assert all(record["mfu"] > 0 for record in records(folder / "gpu", "train"))
     assert checkpoint(folder / "gpu")["scaler"].get("_growth_tracker") == good_steps

@@ -11,33 +11,29 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import ROOT, TINY, checkpoint, losses, make_shards, run, start
+from helpers import ROOT, TINY, losses, make_shards, run, start
 from night import RECIPE, RUN, agent, facts, free_port, night, recorded, wait_for, workers
-
-import hellaswag
 
 pytestmark = pytest.mark.soak
 DEMO = ["--preset", "demo", "--max_steps", 300, "--checkpoint_every", 15, "--val_every", 100]
 DEMO += ["--val_tokens", 4096, "--sample_every", 100, "--device", "cpu"]
-
-
-# Two ranks. By default, SIGUSR1 would end torchrun and leave the ranks alone.
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# By default, SIGUSR1 kills torchrun, and its ranks train on. It passes what it handles on to them.
 TORCHRUN = ["--standalone", "--nproc_per_node=2"]
 TORCHRUN += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-EVERY = 15  # steps between evaluations, which take seconds
-PHASES = [*TINY, "--n_embd", 64, "--data", ROOT / "input.txt", "--max_steps", 4 * EVERY]
-PHASES += ["--checkpoint_every", 10, "--val_tokens", 8192, "--resume"]
-PHASES += [f"--{kind}_every={EVERY}" for kind in ("val", "hellaswag", "sample")]
+SLOW = [*TINY, "--n_embd", 64, "--data", ROOT / "input.txt", "--max_steps", 60, "--resume"]
+SLOW += ["--val_tokens", 8192, "--checkpoint_every", 10]
+SLOW += [f"--{kind}_every=15" for kind in ("val", "hellaswag", "sample")]
 
 
 def copy_program(folder: Path) -> None:
-    """Copy the commands, which look for their data beside themselves."""
+    """Copy the commands, which look for their data beside themselves, and what they need."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / "support", folder / "support", dirs_exist_ok=True)
+    for name in ("support", "tests", "runs/rehearsal-cpu"):
+        shutil.copytree(ROOT / name, folder / name)
 
 
 def test_twenty_kills(tmp_path):
@@ -55,19 +51,17 @@ def test_twenty_kills(tmp_path):
 
 
 def test_rivals(tmp_path):
-    """Twenty times a second process wants to continue the run, at a random moment: one is refused.
-
-    Now and then the owner is then killed, and the next one continues. Nothing is lost.
-    """
-    (tmp_path / "run").mkdir()
-    constant = ["--max_steps", 100_000, "--min_lr_ratio", 1]  # the rate does not depend on the end
-    flags = [*DEMO, *constant, "--out_dir", "run", "--resume"]
+    """A run has one owner: of two processes one is refused, twenty times. Nothing is lost."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    endless = ["--max_steps", 100_000, "--min_lr_ratio", 1]  # the rate does not depend on the end
+    flags = [*DEMO, *endless, "--resume", "--out_dir"]
     dice = random.Random(0)
-    owner = night(tmp_path, *flags)
+    owner = night(tmp_path, *flags, "run")
     newest = []
     for _ in range(20):
         time.sleep(dice.uniform(0, 5))
-        rival = night(tmp_path, *flags)
+        rival = night(tmp_path, *flags, "run")
         while owner.poll() is None and rival.poll() is None:
             time.sleep(0.1)
         if rival.poll() is None:  # it was faster
@@ -75,35 +69,39 @@ def test_rivals(tmp_path):
         said = rival.communicate()[0]
         assert rival.returncode == 2 and len(said.splitlines()) == 1, said
         assert f"run belongs to a run that is not over: process {owner.pid} on " in said
-        before, newest = newest, sorted((tmp_path / "run").glob("checkpoint_*.pt"))[-1:]
+        before, newest = newest, sorted(folder.glob("checkpoint_*.pt"))[-1:]
         assert newest >= before, "a checkpoint is lost"
-        if dice.random() < 0.3:
-            os.killpg(owner.pid, signal.SIGKILL)
+        if dice.random() < 0.4:
+            owner.kill()
             owner.communicate()
-            owner = night(tmp_path, *flags)
-    wait_for(recorded(tmp_path / "run", len(losses(tmp_path / "run"))), owner)
-    owner.send_signal(signal.SIGTERM)
-    said = owner.communicate()[0]
-    steps = len(losses(tmp_path / "run")) + 10
+            owner = night(tmp_path, *flags, "run")
+    owner.kill()
+    owner.communicate()
+    steps = len(losses(folder)) + 10
     for name in ("run", "quiet"):
-        process = night(tmp_path, *flags, "--out_dir", name, "--max_steps", steps)
+        process = night(tmp_path, *flags, name, "--max_steps", steps)
         said = process.communicate()[0]
         assert process.returncode == 0 and "NOT written" not in said, said
-    assert checkpoint(tmp_path / "run")["step"] == steps
-    assert facts(tmp_path / "run") == facts(tmp_path / "quiet")
+    assert facts(folder) == facts(tmp_path / "quiet")
 
 
-def comes_to(folder: Path, owner: str, phase: str, step: int) -> bool:
-    """Whether a process other than `owner` owns the run and has come to a phase."""
+def make_stand_in(path: Path) -> None:
+    """As many records as HellaSwag has, of five words each."""
+    words = (ROOT / "input.txt").read_text().split()
+    records = [dict(ctx=words[i], endings=words[i : i + 4], label=i % 4) for i in range(10_042)]
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def comes_to(phase: str, step: int, folder: Path, before: str) -> bool:
+    """Whether a run has come to a phase. `before` is the lock of the process before this one."""
     lock, metrics = folder / "lock", folder / "metrics.jsonl"
-    if not lock.exists() or lock.read_text() in ("", owner):
+    if not lock.exists() or lock.read_text() in ("", before):
         return False
-    if phase == "start":
-        return True
+    if phase in ("start", "checkpoint"):
+        return phase == "start" or any(folder.glob("checkpoint_*.tmp"))
     if not metrics.exists() or metrics.stat().st_mtime_ns < lock.stat().st_mtime_ns:
-        return False  # what is there is the process's before
-    if phase == "checkpoint":
-        return any(folder.glob("checkpoint_*.tmp"))
+        return False  # these records are from before
     kind, at = {
         "validation": ("train", step - 1) if step else ("header", 0),
         "HellaSwag": ("val", step),
@@ -113,58 +111,46 @@ def comes_to(folder: Path, owner: str, phase: str, step: int) -> bool:
     return f'"kind": "{kind}", "step": {at},' in metrics.read_text()
 
 
-def check_last_words(said: str, name: str, folder: Path, before: list[Path]) -> None:
-    """A stopped run says what it leaves, and that is there."""
-    kept = sorted(folder.glob("checkpoint_*.pt"))
-    if "nothing new was written" in said:
-        assert f"stopped by {name}; " in said and kept == before, said
+def check_last_words(said: str, name: str, kept: list[Path], before: list[Path]) -> None:
+    """What a stopped run says of its checkpoints is true."""
+    if f"stopped by {name}; nothing new was written" in said:
+        assert kept == before
         return
     step = int(re.search(rf"stopped by {name} after step (\d+); ", said)[1])
-    assert ("there is no checkpoint yet" in said) == (step == 0), said
-    assert ("--resume continues" in said) == (step > 0), said
-    assert [path.name for path in kept[-1:]] == [f"checkpoint_{step:07d}.pt"][: len(kept)]
-    assert len(kept) > 0 or step == 0
+    if step == 0:
+        assert "there is no checkpoint yet" in said and not kept
+    else:
+        assert "--resume continues" in said and kept[-1].name == f"checkpoint_{step:07d}.pt"
 
 
 @pytest.mark.parametrize("target", ["python", "torchrun", "torchrun's group"])
 def test_signals_in_every_phase(tmp_path, target):
-    """24 times a run is stopped and continued: it ends with the records of an undisturbed one.
-
-    The ranks are not in torchrun's process group; it passes signals on to them.
-    """
+    """24 times a run is stopped and continued: it ends with the records of an undisturbed one."""
     copy_program(tmp_path)
-    words = (ROOT / "input.txt").read_text().split()
-    (tmp_path / "hellaswag").mkdir()
-    with open(tmp_path / "hellaswag/hellaswag_val.jsonl", "w") as file:
-        for i in range(hellaswag.RECORDS["val"]):
-            record = dict(ctx=words[i], endings=words[i + 1 : i + 5], label=i % 4)
-            file.write(json.dumps(record) + "\n")
-
-    def begin(name: str) -> subprocess.Popen:
-        options = dict(script=tmp_path / "train_gpt2.py", **RECIPE)
-        torchrun = [] if target == "python" else TORCHRUN
-        return start(tmp_path, *PHASES, "--out_dir", name, torchrun=torchrun, **options)
-
-    signal.signal(signal.SIGHUP, lambda *_: None)  # children of nohup would ignore it, too
+    make_stand_in(tmp_path / "hellaswag/hellaswag_val.jsonl")
+    for number in SIGNALS:  # what nohup or a shell's & ignores here, the run would ignore, too
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    torchrun = [] if target == "python" else TORCHRUN
+    options = dict(script=tmp_path / "train_gpt2.py", torchrun=torchrun, **RECIPE)
     folder = tmp_path / "run"
-    dice = random.Random(0)
     owner = ""
-    for round, name in enumerate(["SIGHUP", "SIGTERM", "SIGINT", "SIGUSR1"]):
+    dice = random.Random(0)
+    for number, first in zip(SIGNALS, (0, 15, 30, 45), strict=True):
         for phase in ("start", "validation", "HellaSwag", "samples", "step", "checkpoint"):
             before = sorted(folder.glob("checkpoint_*.pt"))
-            process = begin("run")
-            while not comes_to(folder, owner, phase, EVERY * round):
-                assert process.poll() is None, f"{phase}, {name}: {process.stdout.read()}"
+            process = start(tmp_path, *SLOW, "--out_dir", "run", **options)
+            while not comes_to(phase, first, folder, owner):
+                assert process.poll() is None, f"{phase}: {process.stdout.read()}"
                 time.sleep(0.002)
             owner = (folder / "lock").read_text()
             time.sleep(dice.uniform(0, 0.02 if phase in ("samples", "checkpoint") else 0.5))
             send = os.killpg if target == "torchrun's group" else os.kill
-            send(process.pid, getattr(signal, name))
+            send(process.pid, number)
             said = process.communicate(timeout=120)[0]
-            print(phase, name, process.returncode, said)
-            check_last_words(said, name, folder, before)
+            check_last_words(said, number.name, sorted(folder.glob("checkpoint_*.pt")), before)
     for name in ("run", "quiet"):
-        process = begin(name)
+        process = start(tmp_path, *SLOW, "--out_dir", name, **options)
         said = process.communicate()[0]
         assert process.returncode == 0, said
     assert facts(folder) == facts(tmp_path / "quiet")
@@ -195,9 +181,6 @@ def test_a_machine_dies_and_comes_back(tmp_path):
 def test_rehearsal(tmp_path):
     """runs/rehearsal-cpu, small: every fault hits one run, which records what a quiet one does."""
     copy_program(tmp_path)
-    for name in ("tests/night.py", "tests/helpers.py", "runs/rehearsal-cpu/rehearse.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
     hub = tmp_path / "HuggingFaceFW/fineweb-edu"
     (hub / "sample/10BT").mkdir(parents=True)
     config = "- config_name: sample-10BT\n  data_files: sample/10BT/*\n"
