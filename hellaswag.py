@@ -341,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     shares = (scores.acc, scores.acc_norm)
     errors = [(p * (1 - p) / max(scores.total - 1, 1)) ** 0.5 for p in shares]  # as in the harness
     line = f"{scores}, standard error {errors[0]:.4f} {errors[1]:.4f}"
-    published = PUBLISHED.get(args.model, ("", ""))[args.harness]
+    whole = args.data is None and args.limit is None and args.split == "val"
+    published = PUBLISHED.get(args.model, ("", ""))[args.harness] if whole else ""
     say(f"{line}; published {published}" if published else line)
     runtime.close()
 

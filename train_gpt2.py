@@ -671,7 +671,7 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
     content = saved or checkpoint.load(flags["init_from"])
     loaded, fixed = content["network"] | content["settings"], FIXED
     if not saved:
-        kept = ("data", "prompt") if flags.get("eval_only") else ()
+        kept = ("data", "prompt", "val_tokens") if flags.get("eval_only") else ()
         loaded = content["network"] | {k: v for k, v in content["settings"].items() if k in kept}
         shorter = flags.get("seq_len", 0) <= loaded["seq_len"]  # a model may look back less far
         fixed = tuple(name for name in content["network"] if name != "seq_len" or not shorter)

@@ -8,6 +8,7 @@ wherever the run was continued.
 import dataclasses
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -91,7 +92,11 @@ class Log:
             return
         path = Path(out_dir) / "metrics.jsonl"
         with explain(f"{path} cannot be written"):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() and first else []
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            if lines and not first:  # its checkpoints are gone, or there was none yet
+                os.replace(path, path.with_name("metrics.jsonl.old"))
+                say(f"the records of a run without a checkpoint are now in {path}.old")
+                lines = []
             with whole_file(path) as file:
                 for line in lines:
                     kind, step = kind_and_step(line)

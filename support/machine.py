@@ -169,7 +169,8 @@ def step_bytes(c, parameters: int, tokens: int, compiled: bool, dtype, world: in
     per_parameter = 16 if dtype == torch.float32 else 18
     if world > 1:
         per_parameter += 4  # DDP's buckets, next to the gradients of the first step
-    stream = 2 if dtype == torch.bfloat16 else 4  # the residual stream's
+    # Eagerly, backward keeps the float32 copies that autocast makes for the LayerNorms.
+    stream = 2 if compiled and dtype == torch.bfloat16 else 4
     activations = (c.n_layer + 1) * (2 * stream + 14 * size) * c.n_embd
     logits = (size if compiled else 3 * 4) * c.vocab_size
     if compiled and c.vocab_size % 8:

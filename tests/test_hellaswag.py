@@ -257,11 +257,11 @@ def test_the_command(tmp_path):
         (shown,) = re.findall(rf"\(loss: (.*)\) {re.escape(ending)}\n", done.stdout)
         assert float(shown) == pytest.approx(loss, abs=2e-4)
     assert f"predicted: {losses.index(min(losses))}, actual: 0\n" in done.stdout
-    assert done.stdout.endswith(f"{last_line(*counts)}; published acc 0.2859 acc_norm 0.2955\n")
+    assert done.stdout.endswith(f"{last_line(*counts)}\n")
 
     done = run(tmp_path, *flags, "--limit", 9, "--harness", script="hellaswag.py")
     _, counts = brute_force(theirs, hellaswag.read_examples(FILE, harness=True)[:9])
-    assert done.stdout == f"{last_line(*counts)}; published acc 0.2892 acc_norm 0.3114\n"
+    assert done.stdout == f"{last_line(*counts)}\n"
     one_line(run(tmp_path, "--data", "absent", script="hellaswag.py"), "absent.*No such file")
     one_line(run(tmp_path, "--limit", 0, script="hellaswag.py"), "--limit 0: .* at least 1")
 

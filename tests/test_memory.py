@@ -60,7 +60,7 @@ CASES = [
 def test_eager_memory(as_on_a_gpu, preset, micro_batch, dtype):
     """A tenth of the memory stays free, so some percent too few do no harm."""
     peak, reckoned = eager_peak(preset, micro_batch, dtype)
-    assert 0.96 * peak <= reckoned <= 1.05 * peak
+    assert peak <= reckoned <= 1.05 * peak
 
 
 def test_compiled_memory():

@@ -144,7 +144,9 @@ def test_signals_in_every_phase(tmp_path, target):
                 assert process.poll() is None, f"{phase}: {process.stdout.read()}"
                 time.sleep(0.002)
             owner = (folder / "lock").read_text()
-            time.sleep(dice.uniform(0, 0.02 if phase in ("samples", "checkpoint") else 0.5))
+            time.sleep(
+                dice.uniform(0, 0.5 if phase in ("start", "validation", "HellaSwag") else 0.02)
+            )
             send = os.killpg if target == "torchrun's group" else os.kill
             send(process.pid, number)
             said = process.communicate(timeout=120)[0]
