@@ -145,11 +145,11 @@ class Stop:
     def on_signal(self, number, frame) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped by a second Ctrl-C, without a checkpoint")
-        if not self.signal and is_first_rank():
+        first, self.signal = not self.signal, signal.Signals(number).name  # a second may come now
+        if first and is_first_rank():
             text = "stopping after this step; Ctrl-C again stops without a checkpoint"
             with contextlib.suppress(OSError):  # print must not be called in a signal's handler
-                os.write(1, f"\n{signal.Signals(number).name}: {text}\n".encode())
-        self.signal = signal.Signals(number).name
+                os.write(1, f"\n{self.signal}: {text}\n".encode())
 
 
 def let_rank_0_speak() -> None:
