@@ -8,8 +8,6 @@ Then, with no need of this project:
     pipeline("text-generation", "my-gpt2")("Once upon a time")
 """
 
-import dataclasses
-
 from support import published
 from support.command import OneLineParser, run_command, say
 
@@ -23,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     add("folder", metavar="FOLDER", help="the folder to write; it must be new or empty")
     args = parser.parse_args(argv)
     model, _ = load_model(args.model)
-    published.write(args.folder, dataclasses.asdict(model.config), model.state_dict())
+    published.write(args.folder, model)
     say(f'wrote {args.folder}; try: pipeline("text-generation", "{args.folder}")("Once")')
 
 

@@ -463,7 +463,8 @@ class DataLoaderLite:
         return torch.from_numpy(np.stack([self.sequence(g) for g in numbers]).astype(np.int64))
 
     def batch(self, step: int, config: TrainConfig, runtime: Runtime) -> torch.Tensor:
-        """This rank's part of a step -> (micro-steps, B, T + 1) int64.
+        """This rank's part of a step -> (micro-steps, B, T + 1) int64. A thread calls it ahead of
+        time, so it must not use torch's generator: draw from (seed, step) if you need randomness.
 
         A step has N = batch_tokens / T sequences, and step s starts at s N. Micro-step m of rank r
         takes B of them, from offset (m world + r) B.
@@ -483,23 +484,23 @@ class DataLoaderLite:
 # weight and the gradient that is 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
 
 
-def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
     """AdamW for all parameters; or, with --optimizer muon, Muon for the matrices in the blocks.
 
     Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
     """
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
     inside = set(matrices)
-    embeddings = [p for p in model.parameters() if p.dim() == 2 and p not in inside]
+    embeddings = [p for p in model.parameters() if p.dim() >= 2 and p not in inside]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizers = []
+    optimizers = {}
     if config.optimizer == "muon":  # support/muon.py explains it
-        optimizers.append(muon.make(matrices, config.learning_rate, config.weight_decay))
+        optimizers["Muon"] = muon.make(matrices, config.learning_rate, config.weight_decay)
         matrices = []
     decay = dict(params=embeddings + matrices, weight_decay=config.weight_decay)
     no_decay = dict(params=vectors, weight_decay=0.0)
     adamw = dict(betas=(0.9, 0.95), eps=1e-8, fused=True)  # GPT-3 paper, appendix B
-    optimizers.append(torch.optim.AdamW([decay, no_decay], config.learning_rate, **adamw))
+    optimizers["AdamW"] = torch.optim.AdamW([decay, no_decay], config.learning_rate, **adamw)
     return optimizers
 
 
@@ -548,8 +549,7 @@ class TrainState:
 
     def parts(self) -> dict:
         """Everything that has a state_dict(), by its name in a checkpoint."""
-        optimizers = {type(optimizer).__name__: optimizer for optimizer in self.optimizers}
-        return {"model": self.model, "scaler": self.scaler, **optimizers}
+        return {"model": self.model, "scaler": self.scaler, **self.optimizers}
 
 
 def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
@@ -566,16 +566,16 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
                 loss = state.ddp(inputs[m], targets[m]) / len(batch)  # their sum is the mean
             state.scaler.scale(loss).backward()
         mean_loss += loss.detach()
-    for optimizer in state.optimizers:
+    for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr  # the same for all groups
     # One bad batch should not throw the model off, so the gradient's norm is capped.
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     # So far Python has only queued work; here it waits for the GPU. So timing a step needs no
     # torch.cuda.synchronize. (The update below is queued, and timed with the next step.)
     loss, norm = (total / runtime.world for total in runtime.sum(mean_loss, norm))
-    for optimizer in state.optimizers:
+    for optimizer in state.optimizers.values():
         if math.isfinite(loss) and math.isfinite(norm):
             state.scaler.step(optimizer)
         # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
@@ -756,4 +756,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command("train_gpt2.py", main, "try half the --micro_batch that the first lines name")
+    run_command("train_gpt2.py", main, "try a smaller --micro_batch than the first lines name")

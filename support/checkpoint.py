@@ -92,13 +92,21 @@ def newest(folder: Path) -> dict | None:
     return None
 
 
-def copy_to_cpu(value):
-    """Copy all tensors in nested dicts and lists to the CPU."""
+def copy_to_cpu(value, copies: dict):
+    """Copy all tensors in nested dicts and lists to the CPU.
+
+    `copies` has those that were copied: one that has two names, as wte and lm_head, stays one.
+    """
     if isinstance(value, dict):
-        return {key: copy_to_cpu(part) for key, part in value.items()}
+        return {key: copy_to_cpu(part, copies) for key, part in value.items()}
     if isinstance(value, list):
-        return [copy_to_cpu(part) for part in value]
-    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+        return [copy_to_cpu(part, copies) for part in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    key = value.data_ptr(), value.shape, value.dtype
+    if key not in copies:
+        copies[key] = value.detach().to("cpu", copy=True)
+    return copies[key]
 
 
 class Saver:
@@ -150,9 +158,11 @@ class Saver:
                 part.load_state_dict(state)
         before = saved["settings"]
         now = self.header["settings"]
-        changed = {k: v for k, v in now.items() if k in before and before[k] != v}
+        changed = {k: v for k, v in now.items() if k not in before or before[k] != v}
         if changed:
             say(f"changed on --resume: {changed}")
+        if saved.get("source") != self.header["source"]:
+            say("train_gpt2.py has changed since the checkpoint")
         self.saved = saved["step"]
 
     def save(self, step: int) -> None:
@@ -160,9 +170,7 @@ class Saver:
             return
         self.saved = step
         self.writing.result()  # wait for the previous write
-        content = copy_to_cpu({name: part.state_dict() for name, part in self.parts.items()})
-        weights = content["model"]
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: stored once
+        content = copy_to_cpu({name: part.state_dict() for name, part in self.parts.items()}, {})
         self.writing = self.thread.submit(self.write, {**self.header, **content, "step": step})
 
     def write(self, content: dict) -> str:

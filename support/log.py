@@ -6,6 +6,7 @@ wherever the run was continued.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -35,7 +36,8 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
         f"{steps:,} steps of {config.batch_tokens:,} tokens ({warmup:,} of warmup),"
         f" {micro_batch} sequences of {config.seq_len} at a time"
     )
-    options = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
+    here = Path(__file__).parent
+    options = dict(cwd=here, shell=True, capture_output=True, text=True)
     git = subprocess.run("git describe --always --dirty", **options, check=False)
     return dict(
         command=shlex.join(sys.argv),
@@ -50,6 +52,7 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
         ),
         dtype=dtype,
         revision=git.stdout.strip() or None,  # None without git or a repository
+        source=hashlib.sha256((here.parent / "train_gpt2.py").read_bytes()).hexdigest(),
     )
 
 
@@ -127,7 +130,8 @@ class Log:
         say(f"step {step:5d}/{self.steps} | {text_of(kind, values)}{left}")
 
     def record(self, kind: str, values: dict) -> None:
-        def finite(value):  # JSON has neither infinity nor NaN
+        def finite(value):  # JSON has neither infinity nor NaN, and no numbers of torch and numpy
+            value = value.item() if hasattr(value, "item") else value
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         values = {name: finite(value) for name, value in values.items()}

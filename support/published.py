@@ -147,33 +147,50 @@ def from_state_dict(content: dict, path: Path) -> dict:
     return dict(network=sizes, settings={}, model=weights)
 
 
-def write(folder: str | Path, sizes: dict, weights: dict) -> None:
-    """Write weights, without padded rows, and the tokenizer, as transformers reads them.
+@torch.no_grad()
+def to_transformers(model):
+    """Our model -> transformers' with the same weights, without padded rows, and the same logits.
 
-    Raises UserError if the folder cannot be written, or has files in it.
+    Raises UserError if the network is not GPT-2's: transformers has no place for a changed one.
     """
-    transformers = quiet_transformers()
+    c = model.config
+    config = quiet_transformers().GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_positions=c.seq_len,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+    )
+    theirs = quiet_transformers().GPT2LMHeadModel(config).eval()
+    weights = turn(model.state_dict())
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][:VOCAB_SIZE]
+    what = "this network is not GPT-2's, which is all that transformers could load"
+    with explain(what):
+        theirs.load_state_dict(weights)
+    tokens = torch.arange(min(64, c.seq_len))[None]
+    logits = model.eval().logits(model.hidden(tokens))
+    apart = (theirs(tokens).logits - logits).abs().max().item()
+    if not apart < 1e-3 * max(1, logits.abs().max().item()):
+        raise UserError(f"{what} (with its weights, GPT-2's logits are off by {apart:.2g})")
+    return theirs
+
+
+def write(folder: str | Path, model) -> None:
+    """Write a model's weights, and the tokenizer, as transformers reads them.
+
+    Raises UserError if the network is not GPT-2's, if the folder cannot be written, or has files.
+    """
+    theirs = to_transformers(model)
     folder = Path(folder)
     with explain(f"{folder} cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder} has files in it; give the name of a new folder")
-        config = transformers.GPT2Config(
-            vocab_size=VOCAB_SIZE,
-            n_positions=sizes["seq_len"],
-            n_layer=sizes["n_layer"],
-            n_head=sizes["n_head"],
-            n_embd=sizes["n_embd"],
-        )
-        theirs = transformers.GPT2LMHeadModel(config)
-        weights = turn(weights)
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            weights[name] = weights[name][:VOCAB_SIZE]
-        theirs.load_state_dict(weights)
         theirs.save_pretrained(folder)
         pairs = [tuple(pair) for pair in merges()]
-        tokenizer = transformers.GPT2TokenizerFast(vocab=vocabulary(), merges=pairs)
-        tokenizer.model_max_length = sizes["seq_len"]
+        tokenizer = quiet_transformers().GPT2TokenizerFast(vocab=vocabulary(), merges=pairs)
+        tokenizer.model_max_length = model.config.seq_len
         tokenizer.save_pretrained(folder)
         (folder / "vocab.json").write_text(json.dumps(vocabulary()), "utf-8")  # for older programs
         shutil.copyfile(VOCAB_BPE, folder / "merges.txt")

@@ -8,7 +8,8 @@ from helpers import one_line, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from sample import show_as_drawn
-from support import shards
+from support import published, shards
+from support.command import UserError
 from train_gpt2 import GPT, GPTConfig, generate, load_model
 
 PROMPT = "Hello, naïve  world"
@@ -73,6 +74,18 @@ def test_what_is_there_is_not_overwritten(folder):
         run(folder, "log", "log/checkpoint_0000007.pt", script="export.py"), "cannot be written"
     )
     assert before == {file: file.read_bytes() for file in (folder / "my-gpt2").iterdir()}
+
+
+def test_a_changed_network_is_not_exported(tmp_path):
+    """Its weights may have GPT-2's names and shapes, as with ReLU^2, or not, as with a new layer."""
+    model = GPT(GPTConfig(seq_len=24, n_layer=1, n_head=2, n_embd=32))
+    model.transformer.h[0].mlp.gelu = torch.nn.ReLU()
+    with pytest.raises(UserError, match="not GPT-2's.*logits are off by"):
+        published.write(tmp_path / "relu", model)
+    model.transformer.h[0].mlp.gate = torch.nn.Linear(32, 128)
+    with pytest.raises(UserError, match="not GPT-2's"):
+        published.write(tmp_path / "gate", model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample(folder, model):
