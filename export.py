@@ -1,6 +1,6 @@
 """Write a model as a folder for transformers: the weights, and GPT-2's tokenizer.
 
-    python export.py log my-gpt2        # the newest checkpoint of the run in log/
+    python export.py log my-gpt2        # the newest checkpoint of the run in log/ (or: log/best)
 
 Then, with no need of this project:
 
@@ -17,7 +17,11 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = OneLineParser("export.py", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="an --out_dir, a checkpoint, or a published name")
+    add(
+        "model",
+        metavar="MODEL",
+        help="an OUT_DIR, OUT_DIR/best, a checkpoint, a published name",
+    )
     add("folder", metavar="FOLDER", help="the folder to write; it must be new or empty")
     args = parser.parse_args(argv)
     model, _ = load_model(args.model)

@@ -1,11 +1,15 @@
 """Write text with a model.
 
     python sample.py --model log --prompt "Once upon a time"      # what a run has learned
+    python sample.py --model log/best                             # with its best validation loss
     python sample.py --model gpt2 --samples 4 --temperature 0.8   # OpenAI's GPT-2 (124M)
 
 A single sample appears as it is drawn. A prompt that is longer than the model's context is cropped
 to its last tokens, and text may become longer than the context, too.
 """
+
+import contextlib
+import sys
 
 import torch
 
@@ -37,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = OneLineParser("sample.py", __doc__)
     add = parser.add_argument
-    models = "an --out_dir, a checkpoint, a transformers folder, or gpt2[-medium, -large, -xl]"
+    models = "an --out_dir (its newest checkpoint), --out_dir/best (its best), a checkpoint, a"
+    models += " transformers folder, or gpt2[-medium, -large, -xl]"
     add("--model", default="log", help=f"{models} (default: %(default)s)")
     add("--prompt", help="text to continue (default: the one of the model's run)")
     add("--samples", type=int, default=1, help="number of texts (default: %(default)s)")
@@ -52,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: it must be at least {least}")
     if args.temperature == 0:  # in the limit, the likeliest token is drawn
         args.temperature, args.top_k = 1.0, 1
-    model, settings = load_model(args.model)
     runtime = Runtime(args.device, "float32")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout gets the text alone
+        model, settings = load_model(args.model)
     model.to(runtime.device).eval()
     prompt = settings.get("prompt", "Hello, I'm a language model,")
     prompt = prompt if args.prompt is None else args.prompt

@@ -2,7 +2,9 @@
 
     checkpoint_0000250.pt    everything after 250 steps: weights, optimizer, settings
 
-`--resume` continues from the newest whole checkpoint. README.md ("When something goes wrong") says
+The newest two stay, and the best: the one whose step has the lowest validation loss. `--resume`
+continues from the newest whole one. Elsewhere, FOLDER names its newest checkpoint, and FOLDER/best
+its best. README.md ("When something goes wrong") says
 what can happen to a run, what you find in the morning, and how exactly a resumed run repeats an
 uninterrupted one.
 
@@ -11,8 +13,11 @@ torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,S
 After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
 """
 
+import contextlib
+import json
 import os
 import pickle
+import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +32,29 @@ from support.files import lock_folder, whole_file
 def files(path: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; or the path itself, if it is a file."""
     return [path] if path.is_file() else sorted(path.glob(f"checkpoint_{7 * '[0-9]'}.pt"))
+
+
+def validation_losses(folder: Path) -> dict[int, float]:
+    """The validation losses in a folder's metrics.jsonl, by step."""
+    losses = {}
+    with contextlib.suppress(OSError):  # there is none
+        for line in (folder / "metrics.jsonl").read_bytes().splitlines():
+            if b'"kind": "val"' in line:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
+                    record = json.loads(line)
+                    losses[int(record["step"])] = float(record["loss"])
+    return losses
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss; None if none has one."""
+    losses = validation_losses(folder)
+    known = [path for path in files(folder) if step_of(path) in losses]
+    return min(known, key=lambda path: losses[step_of(path)], default=None)
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint_"))
 
 
 def read(path: Path) -> dict:
@@ -56,15 +84,26 @@ def is_ours(content: dict) -> bool:
 def load(source: str) -> dict:
     """Load a model's sizes (`network`), weights (`model`) and its run's `settings`.
 
-    `source` is a checkpoint, a folder with some, whose newest is taken, a file with a GPT-2's state
-    dict alone, a transformers folder or a published name. Raises UserError.
+    `source` is a checkpoint, a folder with some, whose newest is taken, FOLDER/best, a file with a
+    GPT-2's state dict alone, a transformers folder or a published name. Raises UserError.
     """
-    paths = files(Path(source))
+    path = Path(source)
+    folder = path.parent if path.name == "best" and not path.exists() else path
+    paths = files(folder)
     if not paths:
         sizes, weights = published.read(source)
         return dict(network=sizes, model=weights, settings={})
-    content = read(paths[-1])
-    return content if is_ours(content) else published.from_state_dict(content, paths[-1])
+    lowest = best(folder) if folder.is_dir() else None
+    chosen = lowest if folder != path else paths[-1]
+    if chosen is None:
+        raise UserError(f"{folder} has no checkpoint with a validation loss; try {folder}")
+    content = read(chosen)
+    if not is_ours(content):
+        return published.from_state_dict(content, chosen)
+    if folder.is_dir():
+        other = f"; {folder}/best is {lowest.name}" if lowest not in (chosen, None) else ""
+        say(f"model: {chosen}{other}")
+    return content
 
 
 def newest(folder: Path) -> dict | None:
@@ -174,15 +213,21 @@ class Saver:
         self.writing = self.thread.submit(self.write, {**self.header, **content, "step": step})
 
     def write(self, content: dict) -> str:
-        """Write a checkpoint, and keep only the one before -> what went wrong, or ""."""
+        """Write a checkpoint, and keep the one before it and the best -> what went wrong, or ""."""
         path = self.folder / f"checkpoint_{content['step']:07d}.pt"
+        older = [other for other in files(self.folder) if other < path]
+        kept = {*older[-1:], best(self.folder)}
+        spare = [other for other in older if other not in kept]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+            room = shutil.disk_usage(self.folder).free
+            if spare and room < 1.1 * older[-1].stat().st_size:  # too little for one more
+                spare.pop(0).unlink()
             with open(self.folder / "metrics.jsonl", "ab") as records:
                 os.fsync(records)  # after a power cut, no record before the checkpoint is missing
             with whole_file(path) as file:
                 torch.save(content, file)
-            for old in [other for other in files(self.folder) if other < path][:-1]:
+            for old in spare:
                 old.unlink()
             return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full

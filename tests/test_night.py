@@ -1,5 +1,6 @@
 """What can happen in a night: signals, kills, damage, full disks. The run goes on or says why."""
 
+import json
 import math
 import os
 import pickle
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,7 +76,7 @@ class Part:
 
 def saver(folder, epoch_sequences=50) -> checkpoint.Saver:
     settings = dict(out_dir=str(folder), resume=True)
-    header = dict(settings=settings, network={}, epoch_sequences=epoch_sequences)
+    header = dict(settings=settings, network={}, source="", epoch_sequences=epoch_sequences)
     return checkpoint.Saver({"model": Part()}, header, 0)
 
 
@@ -104,6 +106,32 @@ def test_a_last_checkpoint_that_failed_is_tried_again(tmp_path, monkeypatch):
         assert "no room" in full.writing.result()
     full.close(7)
     assert checkpoint.newest(tmp_path)["step"] == 7
+
+
+def test_the_best_checkpoint_stays(tmp_path, capsys, monkeypatch):
+    """Beside the newest two; OUT_DIR/best names it. Where a third has no room, it stays, too."""
+    full = saver(tmp_path)
+    for step, loss in enumerate([5.0, 3.0, 4.0, 3.5, 3.25], start=1):
+        full.save(step)
+        assert full.writing.result() == ""
+        with open(tmp_path / "metrics.jsonl", "a") as file:  # validation comes after the checkpoint
+            file.write(json.dumps({"kind": "val", "step": step, "loss": loss}) + "\n")
+    kept = [checkpoint.step_of(path) for path in checkpoint.files(tmp_path)]
+    assert kept == [2, 4, 5]
+    release_locks()
+    assert checkpoint.load(str(tmp_path))["step"] == 5
+    assert "0000005.pt; " in capsys.readouterr().out
+    assert checkpoint.load(f"{tmp_path}/best")["step"] == 2
+    there = []
+
+    def look(content, file, save=torch.save):
+        there.extend(checkpoint.step_of(path) for path in checkpoint.files(tmp_path))
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", look)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    full.close(6)
+    assert there == [2, 5], "4 has made room before 6 was written"
 
 
 def test_the_time_left(tmp_path, capsys):
@@ -136,8 +164,9 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     (changed,) = records(folder, "resume")
     assert (changed["step"], changed["settings"]["weight_decay"]) == (160, 0.25)
     assert "'weight_decay': 0.25" in taken.stdout
-    kept = sorted(path.name for path in folder.glob("*.pt"))
-    assert kept == ["checkpoint_0000164.pt", "checkpoint_0000165.pt"], "the newest two"
+    best = min(records(folder, "val")[:-1], key=lambda record: record["loss"])["step"]
+    kept = [checkpoint.step_of(path) for path in checkpoint.files(folder)]
+    assert kept == sorted({best, 164, 165}), "the best, and the newest two"
     for kind in ("val", "sample"):  # both were due at 160, and samples are due again
         assert [record["step"] for record in records(folder, kind)] == [0, 80, 160, 165]
     anew = run(quiet, *RUN, "--out_dir", "more")
@@ -154,8 +183,8 @@ def test_what_a_folder_goes_through(quiet):
     done = run(quiet, "--resume")
     assert done.returncode == 0 and "checkpoint_0000120.pt" in done.stdout, done.stderr
     assert facts(folder) == facts(quiet / "quiet")
-    left = {path.name for path in folder.glob("*.pt")}
-    assert left == {f"checkpoint_{name}.pt" for name in ("0000120", "0000160", "best")}
+    assert (folder / "checkpoint_best.pt").exists()
+    assert [checkpoint.step_of(path) for path in checkpoint.files(folder)][-2:] == [120, 160]
 
 
 def damage(path: Path, how: str) -> None:
