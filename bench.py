@@ -81,18 +81,6 @@ def median_seconds(work, warmup: int, times: int, runtime) -> float:
     return statistics.median(seconds[warmup:])
 
 
-def peak_memory(runtime) -> int:
-    """Return the most bytes used so far, on the GPU or by this process; 0 if unknown."""
-    if runtime.device_type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":  # it has no resource module
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def measure_rung(rung: str, args) -> dict:
     """Time the training steps of a rung, after a warmup -> its figures, or why it is skipped."""
     enabled = list(RUNGS)[: list(RUNGS).index(rung) + 1]
@@ -136,7 +124,7 @@ def measure_rung(rung: str, args) -> dict:
         micro_batch=config.micro_batch,
         seq_len=config.seq_len,
         flops_per_token=machine.flops_per_token(model, config.seq_len),
-        memory=peak_memory(runtime),
+        memory=machine.peak_memory(runtime.device_type),
         device=machine.device_name(runtime.device),
         device_type=runtime.device_type,
         dtype=str(runtime.dtype).removeprefix("torch."),

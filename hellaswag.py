@@ -43,10 +43,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from support import shards
-from support.command import OneLineParser, UserError, explain, first_line, run_command, say
+from support.command import (
+    OneLineParser,
+    UserError,
+    explain,
+    first_line,
+    progress,
+    run_command,
+    say,
+)
 from support.files import whole_file
 
 # --------------------------------------------------------------------------------------------------
@@ -240,7 +247,7 @@ def crop(example: Example, seq_len: int) -> Example:
     return replace(example, context=example.context[-room:])
 
 
-def log_probabilities(model, examples: list[Example], stop=False, progress=False) -> torch.Tensor:
+def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tensor:
     """N examples -> (N, 4), each ending's log-probability in nats; fewer once `stop` is true.
 
     Everything is copied to the device at once, so Python does not wait for a GPU here.
@@ -270,7 +277,7 @@ def log_probabilities(model, examples: list[Example], stop=False, progress=False
     batches = [(first, T, numbers.to(device)) for first, T, numbers in batches]
 
     sums = torch.zeros(len(rows), device=device)
-    for first, T, (places, ids, owners) in tqdm(batches, unit="batch", disable=not progress):
+    for first, T, (places, ids, owners) in progress(batches, "HellaSwag"):
         if stop:
             break
         x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
@@ -290,7 +297,7 @@ def choose(examples: list[Example], sums) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def count_right(model, examples: list[Example], stop=False, progress=False) -> tuple:
+def count_right(model, examples: list[Example], stop=False) -> tuple:
     """Score the examples -> how many are right, by sum and by mean, and how many there are.
 
     The counts stay on the device, for the caller to wait for. An object `stop` that becomes true
@@ -298,7 +305,7 @@ def count_right(model, examples: list[Example], stop=False, progress=False) -> t
     """
     if not examples:
         return 0, 0, 0
-    choice, choice_norm = choose(examples, log_probabilities(model, examples, stop, progress))
+    choice, choice_norm = choose(examples, log_probabilities(model, examples, stop))
     labels = torch.tensor([example.label for example in examples], device=choice.device)
     return (choice == labels).sum(), (choice_norm == labels).sum(), len(examples)
 
@@ -337,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     for example in examples[: args.show]:
         show(model, example)
     mine = examples[runtime.rank :: runtime.world]
-    scores = Scores(*runtime.sum(*count_right(model, mine, progress=runtime.rank == 0)))
+    scores = Scores(*runtime.sum(*count_right(model, mine)))
     shares = (scores.acc, scores.acc_norm)
     errors = [(p * (1 - p) / max(scores.total - 1, 1)) ** 0.5 for p in shares]  # as in the harness
     line = f"{scores}, standard error {errors[0]:.4f} {errors[1]:.4f}"

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
 from support import checkpoint, machine, muon, published, shards
-from support.command import Stop, UserError, merge, parse_flags, run_command, say, setting
+from support.command import Stop, UserError, merge, parse_flags, progress, run_command, say, setting
 from support.log import Log, describe_run, text_of
 
 HERE = Path(__file__).parent
@@ -255,34 +255,36 @@ class TrainConfig(GPTConfig):
     """The model's sizes, and how to train it. The defaults are the lecture's. Batch, warmup and
     validation are in tokens, so they mean the same on any number of GPUs."""
 
-    preset: str = setting("", "which preset to start from; other flags override it")
-    data: str = setting(str(HERE / "edu_fineweb10B"), "folder of token shards, or a text file")
+    preset: str = setting("", "what to start from; other flags override it", group="run")
     out_dir: str = setting("log", "folder for metrics.jsonl and the checkpoints")
-    init_from: str = setting("", "start from a published model, transformers folder or checkpoint")
+    init_from: str = setting("", "start from a model, as sample.py --model takes it: gpt2, log")
     resume: bool = setting(False, "continue from the newest checkpoint in --out_dir")
     eval_only: bool = setting(False, "only print validation loss and samples of --init_from")
-    prompt: str = setting("Hello, I'm a language model,", "text that samples continue")  # lecture
     seed: int = setting(1337, "random seed for weights, data order and samples")  # the lecture
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the first available")
-    dtype: str = setting("auto", "matmul precision", choices="auto bfloat16 float16 float32")
-    compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
-    batch_tokens: int = setting(2**19, "tokens per step", least=1)  # GPT-3 paper, table 2.1: 0.5M
-    micro_batch: int = setting(0, "sequences per forward pass on a device; 0: as many as fit")
+    data: str = setting(str(HERE / "edu_fineweb10B"), "folder of shards, or a text", group="data")
     epochs: float = setting(1.0, "passes over the training data")  # the lecture
     max_steps: int = setting(0, "number of steps, whatever --epochs is; 0: as many as it needs")
-    optimizer: str = setting("adamw", "what trains the blocks' matrices", choices="adamw muon")
+    batch_tokens: int = setting(2**19, "tokens per step", least=1)  # GPT-3 paper, table 2.1: 0.5M
+    micro_batch: int = setting(0, "sequences per forward pass on a device; 0: as many as fit")
+
+    optimizer: str = setting("adamw", "of the matrices", choices="adamw muon", group="optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "final rate as a fraction of the peak")  # GPT-3, B
     warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, appendix B
     weight_decay: float = setting(0.1, "decay of matrices and embeddings")  # GPT-3, appendix B
     grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: never")  # GPT-3, app. B
 
-    val_every: int = setting(250, "steps between validation losses; 0: never")  # the lecture
+    val_every: int = setting(250, "steps between validation losses; 0: never", group="evaluation")
     val_tokens: int = setting(20 * 2**19, "number of validation tokens to read")  # the lecture
     sample_every: int = setting(250, "steps between samples; 0: never")  # the lecture
+    prompt: str = setting("Hello, I'm a language model,", "text that samples continue")  # lecture
     hellaswag_every: int = setting(250, "steps between HellaSwag scores; 0: never")  # the lecture
     checkpoint_every: int = setting(250, "steps between checkpoints; 0: one at the end")  # ours
+
+    device: str = setting("auto", "cuda, mps or cpu; auto: the first there is", group="machine")
+    dtype: str = setting("auto", "matmul precision", choices="auto bfloat16 float16 float32")
+    compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -302,7 +304,7 @@ PRESETS = {
     # Ours: among the best of 14 shapes with three minutes each on a CPU.
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5)
     | dict(learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n", compile=False)
-    | dict(sample_every=500, hellaswag_every=0, checkpoint_every=0, data=str(HERE / "input.txt")),
+    | dict(sample_every=500, hellaswag_every=0, data=str(HERE / "input.txt")),
 }
 SIZES = tuple(size.name for size in fields(GPTConfig))
 FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # what --resume cannot change
@@ -352,11 +354,7 @@ class Runtime:
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
         self.stop = Stop()  # true after a signal to this rank
         self.stopped = False  # true after a signal to any rank: `sum` finds out
-        if device == "auto" and torch.cuda.is_available():
-            device = "cuda"
-        elif device == "auto":
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device = machine.open_device(device, self.local_rank)  # a GPU of its own
+        self.device = machine.open_device(device, self.local_rank)  # each process has its own GPU
         self.device_type = self.device.type
         # bfloat16 where it is fast, float16 on GPUs before Ampere (2020), float32 elsewhere.
         self.dtype = machine.choose_dtype(dtype, self.device)
@@ -515,15 +513,14 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate of a step, in three regimes. `tokens` of the run's `total_tokens` are seen after it:
-    they include its own, so the first rate is not 0, which would waste a step."""
+    """The rate of a step, after which `tokens` of the run's `total_tokens` are seen: they include
+    its own, so the first rate is not 0, which would waste a step."""
     lowest = config.learning_rate * config.min_lr_ratio
-    if tokens < config.warmup_tokens:  # 1. linear warmup
-        return config.learning_rate * tokens / config.warmup_tokens
-    if tokens >= total_tokens:  # 2. the end
-        return lowest
-    # 3. half a cosine down
-    done = (tokens - config.warmup_tokens) / (total_tokens - config.warmup_tokens)
+    warmup = min(config.warmup_tokens, total_tokens / 3)  # of a short run, at most a third
+    if tokens < warmup:  # a straight line up
+        return config.learning_rate * tokens / warmup
+    # and half a cosine down
+    done = (tokens - warmup) / (total_tokens - warmup)
     return lowest + (config.learning_rate - lowest) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
@@ -601,7 +598,7 @@ def validate(model, loader, config, runtime) -> dict | None:
     nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
     count = text_bytes = 0
     B = config.micro_batch or 8  # --eval_only has not chosen one
-    for first in range(runtime.rank * B, end, runtime.world * B):
+    for first in progress(range(runtime.rank * B, end, runtime.world * B), "validation"):
         if runtime.stop:
             break
         rows = loader.sequences(range(first, min(first + B, end)))  # (B, T + 1)
@@ -670,6 +667,8 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         return config, GPT(GPTConfig(*(getattr(config, name) for name in SIZES))), None
     content = saved or checkpoint.load(flags["init_from"])
     loaded, fixed = content["network"] | content["settings"], FIXED
+    if "epochs" in flags:
+        loaded["max_steps"] = 0  # or it would win over --epochs
     if not saved:
         kept = ("data", "prompt", "val_tokens") if flags.get("eval_only") else ()
         loaded = content["network"] | {k: v for k, v in content["settings"].items() if k in kept}
@@ -682,7 +681,8 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
 
 def main(argv: list[str] | None = None) -> None:
     # What to train, on what, and where.
-    config, model, saved = load_settings(parse_flags(TrainConfig, "train_gpt2.py", __doc__, argv))
+    flags = parse_flags(TrainConfig, PRESETS, "train_gpt2.py", __doc__, argv)
+    config, model, saved = load_settings(flags)
     runtime = Runtime(config.device, config.dtype)
     first = saved["step"] if saved else 0
     if runtime.least(first) != -runtime.least(-first):  # the smallest and the largest of them
@@ -726,7 +726,8 @@ def main(argv: list[str] | None = None) -> None:
             log("val", step, validate(model, val_loader, config, runtime))
         if due(config.hellaswag_every, step, steps) and not runtime.stopped:
             log("hellaswag", step, score_hellaswag(model, examples, runtime))
-        if due(config.sample_every, step, steps) and runtime.rank == 0 and not runtime.stop:
+        draw = step > 0 and runtime.rank == 0 and not runtime.stop
+        if draw and due(config.sample_every, step, steps):
             log("sample", step, sample(model, config, step, 32, runtime))
         if step == steps or runtime.stopped:
             break
@@ -748,10 +749,10 @@ def main(argv: list[str] | None = None) -> None:
         values = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
         log("train", step, values | dict(tokens_per_second=speed, mfu=mfu))
 
-    log.close()
-    saver.close(step)
-    if runtime.stopped:
-        say(runtime.stop.last_words(step))
+    failure = saver.close(step)  # of the last checkpoint
+    log.close(step, runtime.stop.last_words(step) if runtime.stopped else "")
+    if failure:
+        raise UserError(failure)
     runtime.close()
 
 

@@ -6,6 +6,7 @@ texts        documents on disk, in any encoding
 shards       the tokenizer, and shards of tokens
 machine      what a machine can do, and what fits its memory
 log          what a run records and prints
+report       what it came to: its last lines, and report.md
 checkpoint   checkpoints, and how a run continues from one
 published    models in transformers' format, both ways
 muon         an optimizer beyond the lecture

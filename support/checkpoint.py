@@ -242,10 +242,9 @@ class Saver:
         hint = "try --resume with --dtype float32 or a lower --learning_rate"
         return UserError(f"{what}; {hint}")
 
-    def close(self, step: int) -> None:
-        """Write a last checkpoint. Raises UserError if it cannot be written."""
+    def close(self, step: int) -> str:
+        """Write a last checkpoint -> what went wrong, or ""."""
         if self.writing.result():
             self.saved = 0  # try again: there may be room by now
         self.save(step)
-        if failure := self.writing.result():
-            raise UserError(failure)
+        return self.writing.result()

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """An error that the user can fix: one line that says what is wrong and what to do."""
@@ -56,27 +58,44 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
-def setting(default, help: str, choices="", least=0):
-    """Declare a setting: its default, and its flag's help, choices, and least value of a number."""
-    metadata = dict(help=help, choices=choices, least=least)
+def progress(items, name: str):
+    """The items, with a progress bar if they take more than three seconds on a terminal."""
+    hidden = None if is_first_rank() else True  # None: where stderr is no terminal
+    return tqdm(items, name, disable=hidden, delay=3, leave=False)
+
+
+def setting(default, help: str, choices="", least=0, group=""):
+    """Declare a setting: its default, and its flag's help, choices, and least value of a number.
+
+    It begins a `group` of flags in --help, if that is given.
+    """
+    metadata = dict(help=help, choices=choices, least=least, group=group)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_flags(config_class: type, prog: str, doc: str | None, argv: list[str] | None) -> dict:
+def parse_flags(config_class: type, presets: dict, prog: str, doc: str | None, argv) -> dict:
     """Make a flag of each field of a dataclass -> those that the command line gives, by name.
 
     A field without `setting` has a flag, too, and no help. Raises UserError for bad flags.
     """
     parser = OneLineParser(prog, doc, allow_abbrev=False)
+    group = parser.add_argument_group("model")
     for field in dataclasses.fields(config_class):
-        options = dict(help=field.metadata.get("help", ""), default=argparse.SUPPRESS)
+        name, about = field.name, field.metadata
+        if about.get("group"):
+            group = parser.add_argument_group(about["group"])
+        values = {"default": field.default} if field.default not in (None, "", False) else {}
+        values |= {preset: given[name] for preset, given in presets.items() if name in given}
+        text = about.get("help", "") + (f": {', '.join(presets)}" if name == "preset" else "")
+        text += f" ({', '.join(f'{k}: {v}' for k, v in values.items())})" if values else ""
+        options = dict(help=text.replace("%", "%%"), default=argparse.SUPPRESS)
         if field.type in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = field.type
-            options["choices"] = field.metadata.get("choices", "").split() or None
-            options["help"] += f" (default: {field.default})" if field.default else ""
-        parser.add_argument(f"--{field.name}", **options)
+            options["choices"] = about.get("choices", "").split() or None
+            options["metavar"] = None if options["choices"] else field.type.__name__.upper()
+        group.add_argument(f"--{name}", **options)
     return vars(parser.parse_args(argv))
 
 

@@ -1,8 +1,9 @@
 """What a run records and prints.
 
 metrics.jsonl in --out_dir has one JSON object per line: a `header`, which says how to repeat the
-run, then lines of kind `train`, `val`, `hellaswag` and `sample` with their steps, and a `resume`
-wherever the run was continued.
+run, then lines of kind `train`, `val`, `hellaswag` and `sample` with their steps, a `resume`
+wherever the run was continued, and an `end` where it stopped. Each has its `time`, in seconds since
+1970. support/report.py says what the run came to.
 """
 
 import dataclasses
@@ -15,26 +16,34 @@ import shlex
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from collections import deque
 from pathlib import Path
 
 import torch
 
+from support import report
 from support.command import explain, say
 from support.files import whole_file
-from support.machine import device_name
+from support.machine import device_name, peak_memory
 
 
 def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -> dict:
     """Print a summary, and return all that is needed to repeat the run: the header of its files."""
     count = sum(p.numel() for p in model.parameters())
     warmup = math.ceil(config.warmup_tokens / config.batch_tokens)
+    tokens = loader.epoch_sequences * config.seq_len
+    passes = steps * config.batch_tokens / tokens
     dtype = str(runtime.dtype).removeprefix("torch.")
+    shortened = ""
+    if warmup > steps / 3:
+        shortened = ", a third of the run, because --warmup_tokens is longer than that"
+        warmup = math.ceil(steps / 3)
     say(
         f"{count:,} parameters, {'compiled' if compiled else 'eager'}, on"
         f" {runtime.world} x {runtime.device_type} in {dtype}\n"
-        f"{steps:,} steps of {config.batch_tokens:,} tokens ({warmup:,} of warmup),"
-        f" {micro_batch} sequences of {config.seq_len} at a time"
+        f"{steps:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
+        f" {config.seq_len} at a time: {passes:.2g} passes over {tokens:,} tokens\n"
+        f"{warmup:,} steps of warmup{shortened}"
     )
     here = Path(__file__).parent
     options = dict(cwd=here, shell=True, capture_output=True, text=True)
@@ -65,18 +74,19 @@ def text_of(kind: str, values: dict) -> str:
         return f"hellaswag acc {v['acc']:.4f} | acc_norm {v['acc_norm']:.4f}"
     if kind == "sample":
         return "samples\n" + "\n---\n".join(v["texts"]) + "\n---"
-    line = f"loss {v['loss']:.4f} | lr {v['lr']:.2e} | norm {v['grad_norm']:.2f}"
-    line += f" | {v['step_ms']:.0f} ms | {v['tokens_per_second']:,.0f} tokens/s"
-    return line + (f" | mfu {v['mfu']:.1%}" if v["mfu"] else "")
+    speed = v["tokens_per_second"]
+    speed = f"{speed / 1000:.0f}k" if speed >= 1e5 else f"{speed:,.0f}"
+    line = f"loss {v['loss']:.4f} | norm {v['grad_norm']:.2f} | {speed} tok/s"
+    return line + (f" | mfu {v['mfu']:.0%}" if v["mfu"] else "")
 
 
-def kind_and_step(line: bytes) -> tuple[str, float]:
-    """What a line of metrics.jsonl records; step infinity if a power cut has damaged it."""
+def parse(line: bytes) -> dict:
+    """A line of metrics.jsonl; of step infinity if a power cut has damaged it."""
     try:
         record = json.loads(line)
-        return record["kind"], record["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return "", math.inf
+        return {"step": math.inf, **record} if line.endswith(b"\n") else {"step": math.inf}
+    except (ValueError, TypeError):
+        return {"step": math.inf}
 
 
 class Log:
@@ -88,12 +98,18 @@ class Log:
 
     def __init__(self, out_dir: str, first: int, steps: int, header: dict, rank: int):
         self.file = None
+        self.folder = Path(out_dir)
         self.steps = steps
+        self.first = first
+        self.header = header
         self.printed = -math.inf  # when a training step was last printed
         self.kept = set()  # kind and step of the records from before a resume
+        self.val = []  # the validation losses
+        self.took = {}  # seconds up to a record: of the last 100 steps, and of each kind's last
+        self.latest = time.monotonic()  # when the latest record was made
         if rank > 0:
             return
-        path = Path(out_dir) / "metrics.jsonl"
+        path = self.folder / "metrics.jsonl"
         with explain(f"{path} cannot be written"):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             if lines and not first:  # its checkpoints are gone, or there was none yet
@@ -102,10 +118,12 @@ class Log:
                 lines = []
             with whole_file(path) as file:
                 for line in lines:
-                    kind, step = kind_and_step(line)
+                    record = parse(line)
+                    kind, step = record.get("kind"), record["step"]
                     if step < first or (step == first and kind != "train"):
                         file.write(line)
                         self.kept.add((kind, step))
+                        self.val += [record["loss"]] if kind == "val" else []
             self.file = open(path, "ab", buffering=2**20)
         self.record("resume" if first else "header", dict(step=first, **header))
 
@@ -116,18 +134,42 @@ class Log:
         """
         if self.file is None or values is None:
             return
+        now = time.monotonic()
+        if kind != "train" or step > self.first:  # the first step may include compiling
+            took = self.took.setdefault(kind, deque(maxlen=100 if kind == "train" else 1))
+            took.append(now - self.latest)
+        self.latest = now
+        text = text_of(kind, values)
+        if kind == "train":
+            text += self.time_left(step + 1)
+        if kind != "train" or now - self.printed >= 1 or step == self.steps - 1:
+            say(f"step {step:5d} {step / self.steps:3.0%} | {text}")
+            self.printed = now
         if (kind, step) not in self.kept:
             self.record(kind, dict(step=step, **values))
-        left = ""
-        if kind == "train":
-            now = time.monotonic()
-            if now - self.printed < 1 and step < self.steps - 1:
-                return
-            self.printed = now
-            if step > 0:  # the first step may include compiling
-                seconds = values["step_ms"] / 1000 * (self.steps - step - 1)
-                left = f" | {timedelta(seconds=round(seconds))} left"  # without evaluations
-        say(f"step {step:5d}/{self.steps} | {text_of(kind, values)}{left}")
+            if kind == "val":
+                self.warn_if_rising(values["loss"])
+
+    def time_left(self, done: int) -> str:
+        """The steps to come, and the evaluations, at the pace of the latest ones."""
+        if "train" not in self.took:
+            return ""
+        seconds = 0.0
+        for kind, took in self.took.items():
+            count = self.steps - done
+            if kind != "train":  # those due from here on, and at the end
+                every = self.header["settings"].get(f"{kind}_every") or self.steps
+                count = self.steps // every - (done - 1) // every + (self.steps % every > 0)
+            seconds += count * sum(took) / len(took)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f" | {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+
+    def warn_if_rising(self, loss: float) -> None:
+        self.val.append(loss)
+        last = self.val[-4:]
+        if len(last) == 4 and last == sorted(last) and len(set(last)) == 4:
+            best = f"the lowest was {min(self.val):.4f}, and {self.folder}/best keeps its model"
+            say(f"validation loss has risen three times in a row, as on a text too small; {best}")
 
     def record(self, kind: str, values: dict) -> None:
         def finite(value):  # JSON has neither infinity nor NaN, and no numbers of torch and numpy
@@ -135,16 +177,26 @@ class Log:
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         values = {name: finite(value) for name, value in values.items()}
+        values["time"] = round(time.time(), 3)
         try:
             self.file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
             self.file.flush()
         except OSError:  # the disk is full: the buffer keeps the line for the next flush
             pass
 
-    def close(self) -> None:
-        """Write what a full disk may have left in the buffer."""
-        if self.file:
-            try:
-                self.file.close()
-            except OSError as error:
-                say(f"the last records are lost: {error}")
+    def close(self, step: int, stopped: str) -> None:
+        """Record and print what the run came to, and write report.md. `stopped` says why it ended
+        early, if it did."""
+        if self.file is None:
+            return
+        words = stopped or f"done: {step:,} steps"
+        try:
+            self.file.flush()
+            records = report.read(self.folder / "metrics.jsonl")
+            end = report.summarize(records, self.header["settings"]["batch_tokens"], step)
+            end |= dict(done=not stopped, peak_memory=peak_memory(self.header["device"]["kind"]))
+            self.record("end", dict(step=step, **end))
+            self.file.close()
+            say(report.write(self.folder, self.header, end, words))
+        except OSError as error:
+            say(f"{words}\nthe last records are lost: {error}")

@@ -6,6 +6,7 @@ train_gpt2.py asks these questions; the lecture has one machine and knows the an
 import ctypes
 import platform
 import re
+import sys
 
 import torch
 
@@ -78,7 +79,14 @@ def utilization(model, seq_len: int, tokens_per_second: float, dtype: torch.dtyp
 
 
 def open_device(name: str, local_rank: int) -> torch.device:
-    """The device of this process; of GPUs, the one of its number. Raises UserError."""
+    """The device of this process; of GPUs, the one of its number. Raises UserError.
+
+    "auto" is a GPU of NVIDIA's or AMD's ("cuda"), of Apple's ("mps"), or the CPU.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     with explain(f"--device {name} cannot be used"):
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         if device.type == "cuda":
@@ -121,6 +129,18 @@ def can_compile(wanted: bool | None, device: torch.device) -> bool:
     except Exception:  # each part of the compiler fails with its own type
         say("no working compiler for torch.compile: training runs eagerly, and slower")
         return False
+
+
+def peak_memory(device_type: str) -> int:
+    """The most bytes used so far, on the GPU or by this process; 0 if unknown."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":  # it has no resource module
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def keep_freed_memory() -> bool:

@@ -207,6 +207,9 @@ def open_data(path: str, seq_len: int) -> tuple[list[np.ndarray], list[np.ndarra
         what = f"--data {path} has no sequence of {seq_len} + 1 tokens to train or to validate on"
         hint = f", or try --seq_len {longest - 1}" if longest > 1 else ""
         raise UserError(f"{what}; give more text{hint}")
+    count = sum(max(0, len(shard) - 1) // seq_len for shard in val)
+    if count < 10:
+        say(f"validation has only {count * seq_len} tokens, so its loss says little")
     return train, val
 
 

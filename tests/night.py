@@ -21,11 +21,11 @@ RECIPE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 def facts(folder: Path) -> list:
     """What must be the same bit for bit: all records, but for the clock and settings changed."""
-    clock = ("step_ms", "tokens_per_second", "mfu")
+    clock = ("step_ms", "tokens_per_second", "mfu", "time")
     lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
     assert lines.pop() == b"", "the last line is whole"
     found = [json.loads(line) for line in lines]
-    found = [record for record in found if record["kind"] != "resume"]
+    found = [record for record in found if record["kind"] not in ("resume", "end")]
     assert [record["kind"] for record in found].count("header") == 1
     keys = [(record["kind"], record["step"]) for record in found[1:]]
     assert len(keys) == len(set(keys)), "each step stands once"

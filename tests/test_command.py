@@ -110,7 +110,7 @@ def test_records(folder):
     assert sorted(kinds) == sorted(
         [("train", i) for i in range(4)]
         + [("val", i) for i in (0, 2, 4)]
-        + [("sample", i) for i in (0, 4)]
+        + [("sample", 4), ("end", 4)]
     )
     for record in records(folder / "trained", "train"):
         assert record["tokens_per_second"] == pytest.approx(128 / (record["step_ms"] / 1000))

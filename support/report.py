@@ -1,0 +1,114 @@
+"""What a run came to: its last lines, its `end` record, and report.md, all from metrics.jsonl."""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+
+from support import checkpoint
+from support.files import whole_file
+
+GPT2_HELLASWAG = {(12, 768): 0.2955}  # acc_norm of OpenAI's model, by layers and channels
+
+
+def read(path: Path) -> list[dict]:
+    """The whole records of a metrics.jsonl, in order."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+            record["kind"]
+            records.append(record)
+        except (ValueError, TypeError, KeyError):  # a power cut has damaged it
+            pass
+    return records
+
+
+def summarize(records: list[dict], batch_tokens: int, step: int) -> dict:
+    """What the records of a run of `step` steps add up to. Times are in seconds.
+
+    The time up to a record belongs to what was recorded: a step's to training, an evaluation's to
+    evaluation. What passed before a `resume` since the last record that it kept is lost.
+    """
+    seconds = defaultdict(float)
+    for before, record in pairwise(records):
+        kind = {"train": "training", "resume": "lost"}.get(record["kind"], "evaluation")
+        if "time" in before and "time" in record:
+            seconds[kind] += record["time"] - before["time"]
+    of_kind = defaultdict(list)
+    for record in records:
+        of_kind[record["kind"]].append(record)
+    end = dict(
+        tokens=step * batch_tokens,
+        training_seconds=seconds["training"],
+        evaluation_seconds=seconds["evaluation"],
+        lost_seconds=seconds["lost"],
+        restarts=len(of_kind["resume"]),
+    )
+    if of_kind["train"]:
+        middle = statistics.median(record["step_ms"] for record in of_kind["train"])
+        end["tokens_per_second"] = 1000 * batch_tokens / middle
+    known = [record for record in of_kind["val"] if record["loss"] is not None]
+    if known:
+        best = min(known, key=lambda record: record["loss"])
+        end |= dict(val_loss=known[-1]["loss"], best_loss=best["loss"], best_step=best["step"])
+    if of_kind["hellaswag"]:
+        end["hellaswag"] = of_kind["hellaswag"][-1]["acc_norm"]
+    return end
+
+
+def clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def lines_of(header: dict, end: dict, words: str, folder: Path) -> list[str]:
+    """The last lines of a run."""
+    speed = f" at {end['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in end else ""
+    lines = [f"{words}; {end['tokens']:,} tokens{speed}"]
+    times = f"{clock(end['training_seconds'])} of training"
+    times += f", {clock(end['evaluation_seconds'])} of evaluation"
+    if end["restarts"]:
+        times += f", {clock(end['lost_seconds'])} lost by stopping {end['restarts']} times"
+    memory = f"; at most {end['peak_memory'] / 1e9:.2f} GB of memory" if end["peak_memory"] else ""
+    lines.append(times + memory)
+    if "val_loss" in end:
+        lowest = f"the lowest was {end['best_loss']:.4f}, at step {end['best_step']}"
+        lowest = "the lowest of all" if end["val_loss"] == end["best_loss"] else lowest
+        lines.append(f"validation loss {end['val_loss']:.4f}, {lowest}")
+    if "hellaswag" in end:
+        network = header["network"]
+        theirs = GPT2_HELLASWAG.get((network["n_layer"], network["n_embd"]))
+        beside = f" (OpenAI's model of this size: {theirs})" if theirs else ""
+        lines.append(f"HellaSwag acc_norm {end['hellaswag']:.4f}{beside}")
+    if kept := checkpoint.files(folder):
+        lines.append(f"newest checkpoint: {kept[-1]}; next:")
+        lines.append(f"    python sample.py --model {folder}")
+        lines.append(f"    python export.py {folder} my-gpt2")
+    return lines
+
+
+def write(folder: Path, header: dict, end: dict, words: str) -> str:
+    """Write report.md, and, where matplotlib is installed, a curve of a run of a minute or more
+    -> the last lines of the run. `words` say how it ended."""
+    lines = lines_of(header, end, words, folder)
+    page = [f"# The run in {folder}", "", f"`{header['command']}`", ""]
+    page += [f"    {line}" for line in lines]
+    records = read(folder / "metrics.jsonl")
+    samples = [record for record in records if record["kind"] == "sample"]
+    if samples:
+        page += ["", f"Samples at step {samples[-1]['step']}:", ""]
+        text = "\n---\n".join(samples[-1]["texts"])
+        page += [f"    {line}" for line in text.splitlines()]
+    if end["training_seconds"] > 60 and importlib.util.find_spec("matplotlib"):
+        plot = Path(__file__).parent.parent / "plot.py"
+        command = [sys.executable, plot, folder, "--out", folder / "curve.png"]
+        done = subprocess.run(command, check=False, capture_output=True)
+        page += ["", "![the losses](curve.png)"] if done.returncode == 0 else []
+    with whole_file(folder / "report.md") as file:
+        file.write(("\n".join(page) + "\n").encode())
+    return "\n".join(lines)
