@@ -2,7 +2,7 @@
 
     python plot.py log                          # one run, into curve.png
     python plot.py log log_mine log_yours       # several; seeds share a color
-    python plot.py log --x steps hours          # over steps and over time, side by side
+    python plot.py log --x steps hours          # over steps, and over the clock's hours
     python plot.py log --y lr grad_norm         # other values that train_gpt2.py logs
     python plot.py log --mark 120=kill 300=kill # with events marked at these steps
     python plot.py bench.json                   # what bench.py measured, as bars
@@ -108,8 +108,8 @@ def draw_curves(panel, runs: list[Run], y_name: str, x_name: str) -> list:
         there = dict.fromkeys(n for line in lines for n in line if isinstance(line[n], int | float))
         raise UserError(f"--y {y_name}: no run has such numbers; there are {', '.join(there)}")
     if len(runs) > 1:
-        legend = {names[i]: line for i, line in last_lines.items()}
-        panel.legend(legend.values(), legend.keys(), fontsize=9)
+        lines = {names[i]: line for i, line in last_lines.items()}
+        panel.legend(lines.values(), [name[:40] for name in lines], fontsize=9).set_in_layout(False)
     return list(last_lines.values())
 
 
