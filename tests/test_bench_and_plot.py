@@ -126,12 +126,11 @@ def test_a_rung_without_enough_memory_is_skipped(monkeypatch, capsys):
 def make_run(path, **columns) -> plot.Run:
     """200 steps of 10 tokens and 5 ms, with these columns; resumed once, and killed as it wrote."""
     settings = dict(data="x", batch_tokens=10, preset=path.name)
-    steps = [dict(kind="train", step=i, loss=1.0, step_ms=5) for i in range(200)]
-    for name, values in columns.items():
-        for record, value in zip(steps, values, strict=True):
-            record[name] = value
+    steps = [dict(kind="train", step=i, loss=3.0, step_ms=5) for i in range(200)]
+    steps = [step | {name: columns[name][i] for name in columns} for i, step in enumerate(steps)]
     steps[100:100] = [dict(kind="val", step=100, loss=8.0), dict(kind="resume", settings=settings)]
-    rows = [dict(kind="header", settings=settings), *steps, dict(kind="val", step=200, loss=7.0)]
+    header = dict(kind="header", settings=settings, time=1000.0)
+    rows = [header, *steps, dict(kind="val", step=200, loss=7.0)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')
     return plot.read_run(path)
 
@@ -143,26 +142,45 @@ def draw(*args, **options) -> list:
     return figure.axes
 
 
-def dots(panel) -> list[list]:
-    """The points that are drawn as dots, one list per run."""
-    return [line.get_xydata().tolist() for line in panel.lines if line.get_marker() == "o"]
-
-
 def texts(panel_or_legend) -> list[str]:
     return [text.get_text() for text in panel_or_legend.texts]
 
 
-def test_losses_and_marks_are_where_they_belong(tmp_path):
-    runs = [make_run(tmp_path / "demo") for _ in range(3)]
+def test_losses_last_values_and_marks_are_where_they_belong(tmp_path):
+    """A step takes 36 seconds, and the restart after the hundredth an hour. On the scale of
+    1 / (1 + y), a loss of 5 is in the middle of 3 and 11: 1/6 between 1/4 and 1/12."""
+    times = [1036.0 + 36 * i + 3600 * (i >= 100) for i in range(200)]
+    runs = [make_run(tmp_path / "demo", time=times, loss=[11, *[3] * 199]) for _ in range(3)]
     for one, seed, optimizer in zip(runs, [1, 2, 2], ["adamw", "adamw", "muon"], strict=True):
         one.settings.update(seed=seed, optimizer=optimizer)
-    tokens, seconds = draw(runs, x_names=["tokens", "seconds"], marks=[(40, "killed")])
-    assert dots(tokens) == [[[1000, 8.0], [2000, 7.0]]] * 3
-    assert np.allclose(dots(seconds), [[[0.5, 8.0], [1.0, 7.0]]] * 3)
-    assert [line.get_color() for line in tokens.lines[:9:3]] == ["C0", "C0", "C2"]  # by optimizer
-    assert texts(tokens.get_legend()) == ["optimizer adamw", "optimizer muon"]
-    assert texts(tokens) == texts(seconds) == ["killed"]  # and no GPT-2: other data
-    assert [tokens.texts[0].xy[0], seconds.texts[0].xy[0]] == pytest.approx([400, 0.2])
+    panels = draw(runs, ["loss"], ["tokens", "steps", "hours"], marks=[(40, "killed")])
+    for panel, mark, half, end in zip(panels, (400, 40, 0.4), (1e3, 100, 1), (2e3, 200, 3)):
+        dots = [line.get_xydata() for line in panel.lines if line.get_marker() == "o"]
+        assert np.allclose(dots, [[[half, 8.0], [end, 7.0]]] * 3)
+        assert panel.get_xlim() == pytest.approx((0, end))
+        assert [line.get_color() for line in panel.lines[:9:3]] == ["C0", "C0", "C2"]
+        assert texts(panel.get_legend()) == ["optimizer adamw", "optimizer muon"]
+        assert texts(panel) == ["7.0000"] * 3 + ["killed"]  # and no GPT-2: other data
+        assert panel.texts[3].xy[0] == pytest.approx(mark)
+        points = panel.transData.transform([(0, loss) for loss in (3, 5, 7, 8, 11)])
+        low, middle, last, val, high = panel.transAxes.inverted().transform(points)[:, 1]
+        assert 0 < low < val < high < 1 and middle == pytest.approx((low + high) / 2)
+        heights = [text.get_position()[1] for text in panel.texts[:3]]
+        assert heights == pytest.approx([last, last + 0.06, last + 0.12])
+    assert make_run(tmp_path / "old").x["hours"][[100, 200]] * 3600 == pytest.approx([0.5, 1])
+    assert [plot.short(y) for y in (2e9, 5e6, 7.5e3, 0.3)] == ["2B", "5M", "7.5K", "0.3"]
+
+
+@pytest.mark.parametrize("n_embd, data", [(768, "edu_fineweb"), (1024, "edu_fineweb"), (768, "x")])
+def test_baselines_are_for_the_size_and_the_data(n_embd, data, tmp_path):
+    one = make_run(tmp_path / "gpt2")
+    one.settings.update(n_layer=12, n_embd=n_embd, data=data)
+    one.records["hellaswag"] = [dict(step=200, acc_norm=0.26)]
+    gpt2 = ["GPT-2 (124M) 3.2924", "chance 0.25", "GPT-2 (124M) 0.2955", "GPT-3 (124M) 0.337"]
+    found = [text for panel in draw([one]) for text in texts(panel)[:-1]]  # without last values
+    assert found == (gpt2 if (n_embd, data) == (768, "edu_fineweb") else ["chance 0.25"])
+    panel = draw([one], stand_in=True)[1]
+    assert texts(panel) == ["chance 0.25", "0.2600"] and "not HellaSwag" in panel.get_title()
 
 
 def test_any_logged_value_is_drawn_and_smoothed_around_its_steps(tmp_path):
@@ -170,26 +188,23 @@ def test_any_logged_value_is_drawn_and_smoothed_around_its_steps(tmp_path):
     values = [None if i % 7 == 3 else 3.0 * i for i in range(200)]  # null: was not finite
     new = make_run(tmp_path / "new", entropy=values, mfu=[None] * 200)
     old = make_run(tmp_path / "old", note=["text"] * 200)
-    panels = draw([old, new], ["entropy", "mfu", "note"])
-    raw, smoothed = (line.get_xydata() for line in panels[0].lines)
+    (panel,) = draw([old, new], ["entropy"])
+    raw, smoothed = (line.get_xydata() for line in panel.lines)  # the other run is left out
     assert raw.tolist() == [[10 * i, 3.0 * i] for i in range(200) if i % 7 != 3]
     assert 160 < len(smoothed) < len(raw) and np.allclose(smoothed[:, 1], 0.3 * smoothed[:, 0])
-    for panel in panels:  # the other run is left out
-        assert len(panel.lines) == 2 and len(panel.get_legend().texts) == 1
-    with pytest.raises(UserError, match="--y x: no run has it; there are .*loss.*note.*entropy"):
-        draw([old, new], ["loss", "x"])
+    for name in ("x", "mfu", "note"):
+        with pytest.raises(UserError, match=f"--y {name}: no run has .* there are .*entropy"):
+            draw([old, new], ["loss", name])
 
 
 def test_the_command_draws_a_real_run_and_refuses_what_is_none(tmp_path, monkeypatch):
     run(tmp_path, *TINY, "--val_every", 2, "--val_tokens", 160)
-    flags = ["--y", "loss", "lr", "mfu", "bits_per_byte", "--mark", "2=killed"]
+    flags = ["--y", "loss", "lr", "bits_per_byte", "--x", "hours", "--mark", "2=killed"]
     done = run(tmp_path, "log", *flags, script="plot.py")
     assert done.returncode == 0 and done.stdout == "wrote curve.png\n", done.stderr
     assert matplotlib.image.imread(tmp_path / "curve.png").std() > 0.05
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b.json").write_text("{}")
-    refused = ["nosuch", "b.json", "b.json log", "log --out a.xyz"]
-    for flags in [*refused, "log --mark 5=late"]:
+    for flags in ("nosuch", "b.json", "b.json log", "log --out a.xyz", "log --mark 5=late"):
         with pytest.raises(UserError):
             plot.main(flags.split())

@@ -3,9 +3,9 @@
     python runs/rehearsal-cpu/rehearse.py            # in a clone of its own; Linux, as root
     python runs/rehearsal-cpu/rehearse.py --small    # minutes, with a tiny network
 
-The clone must hold HuggingFaceFW/fineweb-edu, a folder in the hub's layout. fineweb.py turns it
-into shards. Two ranks under torchrun then train in quiet/, where nothing happens to them, and in
-night/, where at random moments
+The clone must hold HuggingFaceFW/fineweb-edu, a folder in the hub's layout. Its documents are cut
+into pages and shuffled, and fineweb.py turns them into shards. Two ranks under torchrun then train
+in quiet/, where nothing happens to them, and in night/, where at random moments
 
     kill         a random rank gets SIGKILL, and torchrun restarts both; four times
     warning      a random rank gets SIGUSR1; the run stops, and the same command goes on with it
@@ -32,6 +32,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -55,6 +57,24 @@ FAULTS += [(0.72, "power cut"), (0.88, "kill")]
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=5"
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # README.md says why
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def mix_documents(source: Path, target: Path) -> None:
+    """Write the texts of a data set again, in the hub's layout, as shuffled pages.
+
+    Some documents here are longer than a shard, so neighboring shards can hold different kinds of
+    text, and the loss jumps between them. FineWeb-Edu's documents have about 1,000 tokens each and
+    come in no order; so do these pages of 4,000 characters.
+    """
+    files = sorted(source.glob("sample/10BT/*.parquet"))
+    tables = [pyarrow.parquet.read_table(file, columns=["text"]) for file in files]
+    texts = [text for table in tables for text in table["text"].to_pylist()]
+    pages = [text[i : i + 4000] for text in texts for i in range(0, len(text), 4000)]
+    random.Random(0).shuffle(pages)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.parquet"))
+    for i, file in enumerate(files):
+        table = pyarrow.table({"text": pages[i :: len(files)]})
+        pyarrow.parquet.write_table(table, target / file.relative_to(source), row_group_size=500)
 
 
 def make_records(shard: Path, file: Path) -> None:
@@ -203,7 +223,9 @@ def main() -> None:
     flags = f"{BOTH} {flags} --max_steps {steps}".split()
     for name, times in cadences.items():
         flags += [f"--{name}_every", str(steps // times)]
-    make_shards = [sys.executable, "fineweb.py", "--shard_tokens", str(shard_tokens)]
+    mix_documents(Path("HuggingFaceFW/fineweb-edu"), Path("mixed"))
+    make_shards = [sys.executable, "fineweb.py", "--dataset", "mixed"]
+    make_shards += ["--shard_tokens", str(shard_tokens)]
     subprocess.run(make_shards, env=os.environ | ENVIRONMENT, check=True)
     (val_shard,) = shards.list_shards("edu_fineweb10B", "val")
     make_records(val_shard, hellaswag.path_of("val"))
