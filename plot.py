@@ -139,12 +139,12 @@ def write_last_values(panel, last_lines: list) -> None:
 def draw_panel(panel, runs: list[Run], y_name: str, x_name: str, stand_in: bool) -> None:
     last_lines = draw_curves(panel, runs, y_name, x_name)
     draw_baselines(panel, [] if stand_in else runs, y_name)
-    if y_name in ("loss", "bits_per_byte", "grad_norm"):
-        # Even steps in 1 / (1 + y): the first losses do not flatten the rest of a long run.
-        panel.set_yscale("function", functions=(lambda y: -1 / (1 + y), lambda z: -1 / z - 1))
-        panel.autoscale_view()
-        inverse = np.linspace(*1 / (1 + np.array(panel.get_ylim())), 10)[1:-1]
-        panel.set_yticks([float(f"{1 / z - 1:.2g}") for z in inverse])
+    if y_name in ("loss", "bits_per_byte", "grad_norm"):  # the first would flatten the rest
+        panel.set_yscale("log")
+        low, high = panel.get_ylim()
+        ticks = [m * 10.0**e for e in range(-3, 4) for m in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)]
+        panel.set_yticks([y for y in ticks if low < y < high])
+        panel.minorticks_off()
     panel.set_xlim(0, max(run.x[x_name][-1] for run in runs))
     panel.xaxis.set_major_formatter(short)
     panel.yaxis.set_major_formatter(short)

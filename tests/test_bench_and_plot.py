@@ -147,10 +147,10 @@ def texts(panel_or_legend) -> list[str]:
 
 
 def test_losses_last_values_and_marks_are_where_they_belong(tmp_path):
-    """A step takes 36 seconds, and the restart after the hundredth an hour. On the scale of
-    1 / (1 + y), a loss of 5 is in the middle of 3 and 11: 1/6 between 1/4 and 1/12."""
+    """A step takes 36 seconds, and the restart after the hundredth an hour. The scale is
+    logarithmic: 6 is in the middle of 3 and 12."""
     times = [1036.0 + 36 * i + 3600 * (i >= 100) for i in range(200)]
-    runs = [make_run(tmp_path / "demo", time=times, loss=[11, *[3] * 199]) for _ in range(3)]
+    runs = [make_run(tmp_path / "demo", time=times, loss=[12, *[3] * 199]) for _ in range(3)]
     for one, seed, optimizer in zip(runs, [1, 2, 2], ["adamw", "adamw", "muon"], strict=True):
         one.settings.update(seed=seed, optimizer=optimizer)
     panels = draw(runs, ["loss"], ["tokens", "steps", "hours"], marks=[(40, "killed")])
@@ -162,7 +162,7 @@ def test_losses_last_values_and_marks_are_where_they_belong(tmp_path):
         assert texts(panel.get_legend()) == ["optimizer adamw", "optimizer muon"]
         assert texts(panel) == ["7.0000"] * 3 + ["killed"]  # and no GPT-2: other data
         assert panel.texts[3].xy[0] == pytest.approx(mark)
-        points = panel.transData.transform([(0, loss) for loss in (3, 5, 7, 8, 11)])
+        points = panel.transData.transform([(0, loss) for loss in (3, 6, 7, 8, 12)])
         low, middle, last, val, high = panel.transAxes.inverted().transform(points)[:, 1]
         assert 0 < low < val < high < 1 and middle == pytest.approx((low + high) / 2)
         heights = [text.get_position()[1] for text in panel.texts[:3]]
