@@ -206,10 +206,13 @@ class GPT(nn.Module):
         its logit of 0, would win every softmax. support/published.py transposes OpenAI's matrices,
         which are stored as (in, out), and raises UserError if it is not a plain GPT-2.
         """
-        sizes, weights = published.read(name_or_folder)
-        model = cls(GPTConfig(**sizes))
-        model.load_state_dict(weights)
-        return model
+        return build(*published.read(name_or_folder))
+
+
+def build(sizes: dict, weights: dict) -> GPT:
+    model = GPT(GPTConfig(**sizes))
+    model.load_state_dict(weights)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,6 +304,7 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2.0e-4, batch_tokens=2**20),
     "gpt3": dict(seq_len=2048),
+    "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # RATE
     # Ours: among the best of 14 shapes with three minutes each on a CPU.
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5)
     | dict(learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n", compile=False)
@@ -493,7 +497,7 @@ def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Op
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizers = {}
     if config.optimizer == "muon":  # support/muon.py explains it
-        optimizers["Muon"] = muon.make(matrices, config.learning_rate, config.weight_decay)
+        optimizers["Muon"] = muon.Muon(matrices, config.learning_rate, config.weight_decay)
         matrices = []
     decay = dict(params=embeddings + matrices, weight_decay=config.weight_decay)
     no_decay = dict(params=vectors, weight_decay=0.0)
@@ -516,7 +520,8 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
     """The rate of a step, after which `tokens` of the run's `total_tokens` are seen: they include
     its own, so the first rate is not 0, which would waste a step."""
     lowest = config.learning_rate * config.min_lr_ratio
-    warmup = min(config.warmup_tokens, total_tokens / 3)  # of a short run, at most a third
+    # A warmup that is longer than the run becomes a third of it.
+    warmup = config.warmup_tokens if config.warmup_tokens < total_tokens else total_tokens / 3
     if tokens < warmup:  # a straight line up
         return config.learning_rate * tokens / warmup
     # and half a cosine down
@@ -637,12 +642,6 @@ def score_hellaswag(model, examples, runtime) -> dict | None:
 # 9. The run (3:28:23 starting the run)
 # --------------------------------------------------------------------------------------------------
 # support/log.py prints and records; support/checkpoint.py writes what a run can continue from.
-
-
-def build(sizes: dict, weights: dict) -> GPT:
-    model = GPT(GPTConfig(**sizes))
-    model.load_state_dict(weights)
-    return model
 
 
 def load_model(source: str) -> tuple[GPT, dict]:

@@ -35,8 +35,8 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
     passes = steps * config.batch_tokens / tokens
     dtype = str(runtime.dtype).removeprefix("torch.")
     shortened = ""
-    if warmup > steps / 3:
-        shortened = ", a third of the run, because --warmup_tokens is longer than that"
+    if config.warmup_tokens >= steps * config.batch_tokens:  # as in learning_rate
+        shortened = ", a third of the run, because --warmup_tokens is more than all of it"
         warmup = math.ceil(steps / 3)
     say(
         f"{count:,} parameters, {'compiled' if compiled else 'eager'}, on"

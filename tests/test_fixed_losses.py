@@ -39,7 +39,7 @@ def test_losses_are_the_first_editions(name, tmp_path):
     folder = tmp_path / flags[flags.index("--out_dir") + 1]
     fixed = FIXED[name.removesuffix(" on two ranks")]
     norms = [record["grad_norm"] for record in records(folder, "train")]
-    tolerance = 1e-3 if name == "muon" else 1e-5  # Muon multiplies in bfloat16
+    tolerance = 1e-3 if name == "muon" else 1e-5  # of Muon, in bfloat16
     np.testing.assert_allclose(losses(folder), fixed["train"], rtol=0, atol=tolerance)
     np.testing.assert_allclose(losses(folder, "val"), fixed["val"], rtol=0, atol=tolerance)
-    np.testing.assert_allclose(norms, fixed["grad_norm"], rtol=1e-3)
+    np.testing.assert_allclose(norms, fixed["grad_norm"], rtol=max(1e-3, 5 * tolerance))

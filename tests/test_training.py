@@ -32,7 +32,7 @@ VALIDATE = ["--val_every", 5, "--val_tokens", 12 * T + 5]
 
 
 def test_learning_rate():
-    """Points by hand: lr 1, a tenth of it at last, warmup 100 of 500, or a third of a short run."""
+    """Points by hand: lr 1, a tenth of it at last, warmup 100 of 500, a third if it is too long."""
     config = TrainConfig(learning_rate=1.0, min_lr_ratio=0.1, warmup_tokens=100)
     points = {1: 0.01, 50: 0.5, 100: 1.0, 300: 0.55, 500: 0.1}
     points[200] = 0.1 + 0.9 * (0.5 + 0.25 * math.sqrt(2))  # a quarter of the way: cos(pi / 4)
