@@ -153,7 +153,7 @@ def download(split="val", pauses=(1.0, 5.0)) -> None:
         except Exception as error:  # connection, server and disk raise many types
             problem = first_line(error)
     what = f"cannot download HellaSwag ({problem}); download {url} to {path} yourself"
-    raise UserError(f"{what}, or train without it: --hellaswag_every 0")
+    raise UserError(f"{what} (train_gpt2.py --hellaswag_every 0 does without it)")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def crop(example: Example, seq_len: int) -> Example:
     room = seq_len + 1 - longest  # + 1: the model does not read an ending's last token
     if room < 1:
         what = f"an ending has {longest} tokens, and the model reads at most {seq_len}"
-        raise UserError(f"HellaSwag: {what}; train without it: --hellaswag_every 0")
+        raise UserError(f"HellaSwag: {what} (train_gpt2.py --hellaswag_every 0 does without it)")
     return replace(example, context=example.context[-room:])
 
 
