@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import DeviceMismatch, fake_cuda, waits
+from fake_cuda import fake_cuda, waits
 from helpers import checkpoint, make_shards, records
 from test_compile_counts import run_main, some_hellaswag
-
-from train_gpt2 import Runtime
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.version.cuda is not None,
@@ -110,20 +108,3 @@ def test_a_run_waits_only_where_it_must(folder):
         "least": 3 * 2,  # the first step, lowest and highest, and the micro-batch: there and back
         "main": 28,  # model.to(device)
     }
-
-
-def test_mixed_devices_are_found(monkeypatch):
-    monkeypatch.setattr(Runtime, "to_device", lambda runtime, tokens: tokens)
-    with fake_cuda(), pytest.raises(DeviceMismatch, match=r"^train_gpt2\.py:\d+ hidden: aten"):
-        run_main(*FLAGS, "--device", "cuda")
-
-
-def test_what_waits_is_found():
-    with fake_cuda():
-        tokens = torch.zeros(2, 3)
-        on_gpu = tokens.pin_memory().to("cuda:0", non_blocking=True)
-        assert not waits
-        tokens.to("cuda:0", non_blocking=True)  # not from pinned memory
-        tokens.pin_memory().to("cuda:0")
-        on_gpu.sum().item()
-        assert sum(waits.values()) == 3
