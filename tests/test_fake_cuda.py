@@ -66,7 +66,8 @@ def test_a_run_in_float32_repeats_the_cpu(folder, capsys):
     assert max(apart("train", "loss"), apart("train", "grad_norm")) < 1e-4
     assert apart("val", "loss") < 1e-4
     assert apart("hellaswag", "acc") == apart("hellaswag", "acc_norm") == 0
-    assert records(folder / "gpu", "sample") == records(folder / "cpu", "sample")
+    gpu, cpu = (records(folder / name, "sample") for name in ("gpu", "cpu"))
+    assert [record["texts"] for record in gpu] == [record["texts"] for record in cpu] != []
 
 
 # Muon in float16 waits once more a step: it asks the scaler whether a gradient has overflowed.
@@ -101,8 +102,8 @@ def test_a_run_waits_only_where_it_must(folder):
     assert found.pop("checkpoint.py") >= 2 * tensors, "two checkpoints"
     assert found == {
         "sum": 4 + 3 + 2,  # a training step, a validation, and a HellaSwag score each wait once
-        "generate": 2 * (1 + 32 * 2),  # the prompt; each token's probabilities, and the choice back
-        "sample": 2,  # the texts
+        "generate": 1 + 32 * 2,  # the prompt; each token's probabilities, and the choice back
+        "sample": 1,  # the texts
         # Each score copies the tokens, a batch's places and the numbers behind the choices once.
         "hellaswag.py": 2 * 5,
         "least": 3 * 2,  # the first step, lowest and highest, and the micro-batch: there and back
