@@ -8,7 +8,7 @@ Inside the context torch.cuda is available and the device "cuda:0" works. A tens
 OnGPU: it says that it is on cuda:0 and has CUDA's dispatch keys, so autograd and autocast treat it
 as CUDA's. It holds its numbers in a CPU tensor. Every operation
 
-- raises DeviceMismatch if it mixes devices where CUDA refuses to;
+- raises RuntimeError if it mixes devices where CUDA refuses to;
 - is counted in `waits`, by the project's line, if on a GPU the CPU has to wait for it;
 - runs the CPU's kernel on what is inside, so losses, gradients and updates are real.
 
@@ -32,11 +32,6 @@ CPU = torch.device("cpu")
 aten = torch.ops.aten
 
 waits = Counter()  # ("train_gpt2.py:123 function", what it did) -> how often the CPU waited
-
-
-class DeviceMismatch(RuntimeError):
-    """An operation has tensors on the GPU and on the CPU."""
-
 
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 COPYING = {aten.copy_.default, aten._to_copy.default}
@@ -106,7 +101,7 @@ def run(func, args, kwargs):
     one_number = func not in STRICT and all(tensor.dim() == 0 for tensor in on_cpu)
     indexed = func in INDEXING and isinstance(args[0], OnGPU)
     if on_gpu and on_cpu and not (one_number or indexed or func in COPYING):
-        raise DeviceMismatch(f"{where()}: {func} found tensors on cuda:0 and on cpu")
+        raise RuntimeError(f"{where()}: {func} found tensors on cuda:0 and on cpu")
     arguments = func._schema.arguments
     given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
     count_wait(func, given, on_gpu, between_devices=bool(on_cpu) or not result_on_gpu)

@@ -7,9 +7,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -67,27 +65,6 @@ def one_line(done, says: str) -> str:
     assert done.returncode == 2 and len(lines) == 1, done
     assert re.search(says, lines[0]), lines[0]
     return lines[0]
-
-
-def fake_runtime(rank=0, world=1, **changes) -> SimpleNamespace:
-    """A Runtime of rank `rank`, on a CPU in float32, whose collectives hear only itself."""
-    return SimpleNamespace(
-        **dict(
-            rank=rank,
-            local_rank=rank,
-            world=world,
-            device=torch.device("cpu"),
-            device_type="cpu",
-            dtype=torch.float32,
-            double=torch.float64,
-            autocast=nullcontext,
-            to_device=lambda tensor: tensor,
-            sum=lambda *values: [float(value) for value in values],
-            least=int,
-            barrier=lambda: None,
-        )
-        | changes
-    )
 
 
 def run_all(folder: Path, jobs: dict[str, dict]) -> dict[str, subprocess.CompletedProcess]:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import DeviceMismatch, fake_cuda, waits
+from fake_cuda import fake_cuda, waits
 from helpers import checkpoint, make_shards, records
 from test_compile_counts import run_main, some_hellaswag
-
-from train_gpt2 import Runtime
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.version.cuda is not None,
@@ -68,7 +66,8 @@ def test_a_run_in_float32_repeats_the_cpu(folder, capsys):
     assert max(apart("train", "loss"), apart("train", "grad_norm")) < 1e-4
     assert apart("val", "loss") < 1e-4
     assert apart("hellaswag", "acc") == apart("hellaswag", "acc_norm") == 0
-    assert records(folder / "gpu", "sample") == records(folder / "cpu", "sample")
+    gpu, cpu = (records(folder / name, "sample") for name in ("gpu", "cpu"))
+    assert [record["texts"] for record in gpu] == [record["texts"] for record in cpu] != []
 
 
 # Muon in float16 waits once more a step: it asks the scaler whether a gradient has overflowed.
@@ -103,27 +102,10 @@ def test_a_run_waits_only_where_it_must(folder):
     assert found.pop("checkpoint.py") >= 2 * tensors, "two checkpoints"
     assert found == {
         "sum": 4 + 3 + 2,  # a training step, a validation, and a HellaSwag score each wait once
-        "generate": 2 * (1 + 32 * 2),  # the prompt; each token's probabilities, and the choice back
-        "sample": 2,  # the texts
+        "generate": 1 + 32 * 2,  # the prompt; each token's probabilities, and the choice back
+        "sample": 1,  # the texts
         # Each score copies the tokens, a batch's places and the numbers behind the choices once.
         "hellaswag.py": 2 * 5,
         "least": 3 * 2,  # the first step, lowest and highest, and the micro-batch: there and back
         "main": 28,  # model.to(device)
     }
-
-
-def test_mixed_devices_are_found(monkeypatch):
-    monkeypatch.setattr(Runtime, "to_device", lambda runtime, tokens: tokens)
-    with fake_cuda(), pytest.raises(DeviceMismatch, match=r"^train_gpt2\.py:\d+ hidden: aten"):
-        run_main(*FLAGS, "--device", "cuda")
-
-
-def test_what_waits_is_found():
-    with fake_cuda():
-        tokens = torch.zeros(2, 3)
-        on_gpu = tokens.pin_memory().to("cuda:0", non_blocking=True)
-        assert not waits
-        tokens.to("cuda:0", non_blocking=True)  # not from pinned memory
-        tokens.pin_memory().to("cuda:0")
-        on_gpu.sum().item()
-        assert sum(waits.values()) == 3

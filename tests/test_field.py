@@ -6,23 +6,15 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    TINY,
-    fake_runtime,
-    losses,
-    make_shards,
-    one_line,
-    records,
-    run,
-    start,
-    their_model,
-)
+from helpers import TINY, losses, make_shards, one_line, records, run, start, their_model
 from night import LONG, recorded, wait_for
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
 
 from support import files, machine
 from support.command import UserError
@@ -43,6 +35,11 @@ def folder(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 
+def other_vocabulary(folder):
+    """german-gpt2#9, transformers#12842: 21,128 tokens, and an IndexError."""
+    their_model(vocab_size=21128, **SIZES).save_pretrained(folder)
+
+
 def change_weights(folder):
     """A head of its own, though config.json says that it is tied (transformers#42612)."""
     weights = load_file(folder / "model.safetensors")
@@ -61,6 +58,7 @@ def only_a_pickle(folder):
 
 
 CHANGES = {
+    other_vocabulary: "given has 21,128 tokens.* not use GPT-2's tokenizer",
     change_weights: "lm_head.weight is not its wte.weight",
     change_tokenizer: "does not use GPT-2's tokenizer",
     only_a_pickle: "convert it: python -c .*save_pretrained",
@@ -75,11 +73,13 @@ def test_a_folder_that_is_not_a_plain_gpt2(folder, change):
         load_model("given")
 
 
-def test_another_vocabulary(folder):
-    """german-gpt2#9, transformers#12842: 21,128 tokens, and an IndexError."""
-    their_model(vocab_size=21128, **SIZES).save_pretrained("given")
-    done = run(folder, *TINY[:2], "--init_from", "given", "--data", "shards")
-    one_line(done, "given has 21,128 tokens.* not use GPT-2's tokenizer")
+def test_a_config_that_is_not_a_plain_gpt2s(folder):
+    """What this project does not compute, or has not all weights for, is refused, not guessed."""
+    their_model(**SIZES).save_pretrained("given")
+    for change, says in ((dict(n_layer=3), "h.2."), (dict(scale_attn_weights=False), "scale_")):
+        GPT2Config(**SIZES | change).save_pretrained("given")
+        with pytest.raises(UserError, match=f"look at its .*{says}"):
+            load_model("given")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,6 +128,7 @@ def test_files_of_others_are_named(folder):
 
 def test_a_number_of_ranks_that_does_not_divide_the_batch(folder):
     """A run's batch stays: what can change is the number of ranks, or the micro-batch."""
+    three = SimpleNamespace(world=3)
     model = GPT(GPTConfig(seq_len=32, n_layer=1, n_head=1, n_embd=8))
     for micro_batch, resuming, says in (
         (0, True, "continue on 1, 2, 4, 8 ranks"),
@@ -137,9 +138,9 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch(folder):
     ):
         config = TrainConfig(seq_len=32, batch_tokens=256, micro_batch=micro_batch)
         with pytest.raises(UserError, match=says):
-            machine.choose_micro_batch(config, model, False, resuming, fake_runtime(world=3))
+            machine.choose_micro_batch(config, model, False, resuming, three)
     config = TrainConfig(seq_len=32, batch_tokens=288)
-    assert machine.choose_micro_batch(config, model, False, False, fake_runtime(world=3)) == 3
+    assert machine.choose_micro_batch(config, model, False, False, three) == 3
 
 
 @pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE", "LOCAL_RANK"]])

@@ -4,19 +4,16 @@ Eagerly, the training step itself runs here on fake tensors, which have shapes a
 numbers. Compiled, the peak is the one that an H200 has shown.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, fake_runtime, one_line, run
 from test_compile_counts import stream_of_a_gpu
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from support import command, machine
-from support.machine import choose_micro_batch, step_bytes
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig
+from support.machine import step_bytes
+from train_gpt2 import GPT, PRESETS, TrainConfig
 
 
 def eager_peak(preset: str, micro_batch: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -69,26 +66,6 @@ def test_compiled_memory():
     assert 28.6e9 <= predicted <= 1.1 * 28.6e9
 
 
-# GPT-2 (124M) in bfloat16, by hand: 18 bytes x 124.5M = 2.24 GB, and for 1024 tokens of 13 x 32 x
-# 768 bytes and 50,304 logits of 2 bytes, compiled, 0.430 GB, or of 12 bytes, eagerly, 0.945 GB.
-# A tenth of the memory stays free: of 24 GB, (21.6 - 2.24) / 0.430 = 45.0 and / 0.945 = 20.5.
-CHOICES = {2: (1, 1), 8: (8, 4), 24: (32, 16), 40: (64, 32), 80: (64, 64), 141: (64, 64)}
-
-
-@pytest.mark.parametrize("gigabytes", CHOICES)
-def test_the_micro_batch_is_what_fits(monkeypatch, gigabytes):
-    """A power of two, since it has to divide 512 sequences; and no more than 65,536 tokens."""
-    free = int(gigabytes * 1e9)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    with torch.device("meta"):
-        model = GPT(GPTConfig())
-    runtime = fake_runtime(dtype=torch.bfloat16)
-    gpu = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
-    pretends = SimpleNamespace(config=model.config, parameters=model.parameters, lm_head=gpu)
-    for compiled, expected in zip((True, False), CHOICES[gigabytes], strict=True):
-        assert choose_micro_batch(TrainConfig(), pretends, compiled, False, runtime) == expected
-
-
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the docs"),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported"),
@@ -115,9 +92,3 @@ def test_out_of_memory_is_one_line_and_a_bug_is_not(monkeypatch, capsys, error, 
         command.run_command("x.py", main, "try this")
     if error is not BUG:
         assert capsys.readouterr().err == "x.py: out of memory; try this\n"
-
-
-def test_the_command_runs_out_of_memory(tmp_path):
-    """200 terabytes are more than a process can address."""
-    done = run(tmp_path, *TINY, "--n_embd", 10**9)
-    one_line(done, "^train_gpt2.py: out of memory; try half the --micro_batch")

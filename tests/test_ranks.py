@@ -1,7 +1,6 @@
 """Several ranks under torchrun: as many as one, warned, killed and restarted, on two machines."""
 
 import os
-import re
 import shutil
 import signal
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, losses, make_shards, run
-from night import RECIPE, agent, facts, free_port, night, recorded, wait_for, workers
+from night import agent, facts, free_port, night, recorded, wait_for, workers
 
 FLAGS = [*TINY, "--max_steps", 60, "--checkpoint_every", 10, "--data", "shards"]
 
@@ -86,11 +85,3 @@ def test_ranks_that_found_different_checkpoints_are_refused(quiet):
     done = run(quiet, "--device", "cpu", script=script, processes=2)
     assert done.returncode != 0
     assert done.stderr.count("x: the ranks found different checkpoints") == 1, done.stderr
-
-
-def test_readme_gives_the_recipe():
-    """README.md restarts ranks, and always with the variable without which they may hang."""
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^.*torchrun .*--max-restarts.*$", readme, re.MULTILINE)
-    ((name, value),) = RECIPE.items()
-    assert commands and all(line.startswith(f"{name}={value} torchrun") for line in commands)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from helpers import ROOT, TINY, losses, make_shards, run, start
-from night import RECIPE, RUN, agent, facts, free_port, night, recorded, wait_for, workers
+from helpers import ROOT, TINY, losses, run, start
+from night import RECIPE, facts, night, recorded, wait_for
 
 pytestmark = pytest.mark.soak
 DEMO = ["--preset", "demo", "--max_steps", 300, "--checkpoint_every", 15, "--val_every", 100]
@@ -154,27 +154,6 @@ def test_signals_in_every_phase(tmp_path, target):
         said = process.communicate()[0]
         assert process.returncode == 0, said
     assert facts(folder) == facts(tmp_path / "quiet")
-
-
-def test_a_machine_dies_and_comes_back(tmp_path):
-    """One of two torchrun agents is killed with its worker and started again: the job finishes."""
-    make_shards(tmp_path / "shards")
-    longer = [*RUN, "--max_steps", 1500]
-    assert run(tmp_path, *longer, "--out_dir", "quiet", processes=2).returncode == 0
-    port = free_port()
-    flags = [*longer, "--out_dir", "machines", "--resume"]
-    first, second = (agent(tmp_path, port, *flags) for _ in range(2))
-    wait_for(recorded(tmp_path / "machines", 300), first)
-    # The agent that hosts the rendezvous must live; it is the one that listens on the port.
-    host = subprocess.run(["ss", "-ltnp"], check=True, capture_output=True, text=True).stdout
-    dying, living = (first, second) if f"pid={second.pid}," in host else (second, first)
-    for pid in (dying.pid, *workers(dying.pid)):
-        os.kill(pid, signal.SIGKILL)
-    time.sleep(3)
-    again = agent(tmp_path, port, *flags)
-    said = [each.communicate(timeout=300)[0] for each in (living, again)]
-    assert living.returncode == 0 and again.returncode == 0, said
-    assert facts(tmp_path / "machines") == facts(tmp_path / "quiet")
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a disk")
