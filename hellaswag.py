@@ -205,7 +205,8 @@ def read_examples(path: Path, count: int | None = None, harness=False) -> list[E
     """Read the records of a file, `count` of them or any number. Raises UserError."""
     with explain(f"{path} cannot be read"):
         content = path.read_bytes()
-    return [render(record, harness) for record in parse(content, str(path), count)]
+    found = parse(content, str(path), count)
+    return [render(record, harness) for record in progress(found, "HellaSwag's records")]
 
 
 # --------------------------------------------------------------------------------------------------

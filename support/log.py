@@ -39,7 +39,7 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
         shortened = ", a third of the run, because --warmup_tokens is more than all of it"
         warmup = math.ceil(steps / 3)
     say(
-        f"{count:,} parameters, {'compiled' if compiled else 'eager'}, on"
+        f"{count:,} parameters, {'compiled (at the first step)' if compiled else 'eager'}, on"
         f" {runtime.world} x {runtime.device_type} in {dtype}\n"
         f"{steps:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
         f" {config.seq_len} at a time: {passes:.2g} passes over {tokens:,} tokens\n"
