@@ -73,7 +73,8 @@ def lines_of(header: dict, end: dict, words: str, folder: Path) -> list[str]:
     times = f"{clock(end['training_seconds'])} of training"
     times += f", {clock(end['evaluation_seconds'])} of evaluation"
     if end["restarts"]:
-        times += f", {clock(end['lost_seconds'])} lost by stopping {end['restarts']} times"
+        restarts = "1 restart" if end["restarts"] == 1 else f"{end['restarts']} restarts"
+        times += f", {clock(end['lost_seconds'])} lost in {restarts}"
     memory = f"; at most {end['peak_memory'] / 1e9:.2f} GB of memory" if end["peak_memory"] else ""
     lines.append(times + memory)
     if "val_loss" in end:
