@@ -96,7 +96,8 @@ def test_what_a_run_came_to(tmp_path, clock, capsys):
     assert (end["best_loss"], end["best_step"], end["hellaswag"]) == (2.5, 4, 0.2990)
     assert end["tokens_per_second"] == pytest.approx(100) and end["peak_memory"] > 1e8
     assert said[0] == "done: 4 steps; 400 tokens at 100 tokens/s"
-    assert said[1].startswith("0:00:20 of training, 0:00:02 of evaluation, 0:00:37 lost in 1 restart; at most ")
+    times = "0:00:20 of training, 0:00:02 of evaluation, 0:00:37 lost in 1 restart; at most "
+    assert said[1].startswith(times)
     assert said[2:4] == [
         "validation loss 2.5000, the lowest of all",
         "HellaSwag acc_norm 0.2990 (OpenAI's model of this size: 0.2955)",
