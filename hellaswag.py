@@ -10,7 +10,7 @@ A 124M model cannot answer multiple-choice questions with all endings in the pro
 the story: each ending has a probability after the context, and the most likely one is the answer.
 `acc` compares the probabilities of whole endings, `acc_norm` the mean log-probabilities of their
 tokens, so that a long ending is at no disadvantage. Chance is 0.25. With 10,042 records the
-standard error is 0.0045: a difference of less than 0.01 between two runs means nothing.
+standard error is 0.0046: a difference of less than 0.01 between two runs may be noise.
 
 Published figures differ, because there are two ways to score:
 

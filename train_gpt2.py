@@ -62,8 +62,8 @@ class GPTConfig:
     """The model's sizes; each is a flag. The defaults are GPT-2 (124M): GPT-2 paper, table 2."""
 
     seq_len: int = setting(1024, "tokens per sequence", least=1)  # T: how far the model looks back
-    # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128: tensor cores load 8 numbers (16 bytes) at a
-    # time, and rows of an odd length never line up with that, so slower kernels have to step in.
+    # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128. Kernels load 16 bytes at a time, 8 numbers in
+    # bfloat16, and of rows of 50,257 logits only every eighth starts on such a boundary.
     vocab_size: int = setting(50304, "vocabulary, with padding", least=shards.VOCAB_SIZE)
     n_layer: int = setting(12, "number of layers", least=1)  # L
     n_head: int = setting(12, "attention heads per layer", least=1)  # H
@@ -120,8 +120,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))  # tokens tell each other what they know
-        return x + self.mlp(self.ln_2(x))  # and each thinks about it on its own
+        x = x + self.attn(self.ln_1(x))  # each token gathers what earlier tokens know
+        return x + self.mlp(self.ln_2(x))  # and thinks about it on its own
 
 
 class GPT(nn.Module):
@@ -248,9 +248,9 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
 # --------------------------------------------------------------------------------------------------
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
-# Every setting is one line: a default, a flag, its help and its source; setting() is a dataclass
-# field with these. A flag wins over what was loaded (by --resume all settings, by --init_from the
-# model's sizes), that over the preset, and that over the default.
+# Every setting is one line: a default, a flag, its help and its source; setting() makes the
+# dataclass field that carries these. A flag comes first, then what --resume loads (all settings) or
+# --init_from (the model's sizes), then the preset, then the default.
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class TrainConfig(GPTConfig):
     batch_tokens: int = setting(2**19, "tokens per step", least=1)  # GPT-3 paper, table 2.1: 0.5M
     micro_batch: int = setting(0, "sequences per forward pass on a device; 0: as many as fit")
 
-    optimizer: str = setting("adamw", "of the matrices", choices="adamw muon", group="optimizer")
+    optimizer: str = setting("adamw", "for matrices", choices="adamw muon", group="optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "final rate as a fraction of the peak")  # GPT-3, B
     warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, appendix B
@@ -285,7 +285,7 @@ class TrainConfig(GPTConfig):
     hellaswag_every: int = setting(250, "steps between HellaSwag scores; 0: never")  # the lecture
     checkpoint_every: int = setting(250, "steps between checkpoints; 0: one at the end")  # ours
 
-    device: str = setting("auto", "cuda, mps or cpu; auto: the first there is", group="machine")
+    device: str = setting("auto", "cuda, mps or cpu; auto: the best", group="machine")
     dtype: str = setting("auto", "matmul precision", choices="auto bfloat16 float16 float32")
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 
@@ -418,7 +418,7 @@ class Runtime:
 # fineweb.py writes shards of 10^8 tokens. A sequence is T = 1024 tokens and one more, since each
 # token's target is the next one. So a shard has (10^8 - 1) // 1024 = 97,656 sequences; the 99
 # training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512. (The lecture
-# takes 10^10 / 2^19 = 19,073 steps: some 350 of them read the beginning again.)
+# takes 10^10 / 2^19 = 19,073 steps, and its loader has data for 18,722, so it starts over.)
 
 
 @functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
@@ -440,25 +440,25 @@ class DataLoaderLite:
     shards, and the sequences within each shard. Seed None keeps the files' order.
     """
 
-    def __init__(self, shards: list[np.ndarray], seq_len: int, seed: int | None):
-        self.shards = shards
+    def __init__(self, arrays: list[np.ndarray], seq_len: int, seed: int | None):
+        self.arrays = arrays  # the shards
         self.seq_len = seq_len
         self.seed = seed
-        self.counts = [max(0, len(shard) - 1) // seq_len for shard in shards]
+        self.counts = [max(0, len(array) - 1) // seq_len for array in arrays]
         self.epoch_sequences = sum(self.counts)
 
     def sequence(self, g: int) -> np.ndarray:
         """Sequence g of the run -> (T + 1,) uint16."""
         epoch, left = divmod(g, self.epoch_sequences)
-        for number in shuffled(len(self.shards), self.seed, epoch):
+        for number in shuffled(len(self.arrays), self.seed, epoch):
             if left < self.counts[number]:  # it is in this shard
                 break
             left -= self.counts[number]  # it comes after this shard
-        # 1 + number, because numpy ignores a 0 at the end: shard 0 would share the shards' own key.
+        # (epoch,) is the key of the order of shards. numpy ignores trailing zeros: start from 1.
         order = shuffled(self.counts[number], self.seed, epoch, 1 + number)
         first = order[left] * self.seq_len
-        shard = self.shards[number]
-        return shards.check_ids(shard[first : first + self.seq_len + 1], shard)
+        array = self.arrays[number]
+        return shards.check_ids(array[first : first + self.seq_len + 1], array)
 
     def sequences(self, numbers) -> torch.Tensor:
         """The sequences with these numbers -> (count, T + 1) int64."""
@@ -482,8 +482,8 @@ class DataLoaderLite:
 # AdamW keeps two running averages for each parameter: of its gradient and of the gradient's square.
 # It steps by the first over the root of the second, so every parameter moves by about the learning
 # rate, however large its gradients are. The averages are unreliable at first, hence the warmup.
-# Weight decay pulls each weight toward 0, so the model does not lean on a few large ones. With the
-# weight and the gradient that is 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
+# Weight decay pulls each weight toward 0, so the model does not lean on a few large ones. Two
+# averages, the weight and its gradient are 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
@@ -517,8 +517,8 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate of a step, after which `tokens` of the run's `total_tokens` are seen: they include
-    its own, so the first rate is not 0, which would waste a step."""
+    """The rate of the step that brings the run to `tokens` of `total_tokens`. It counts its own
+    tokens, so the first rate is not 0, which would waste a step."""
     lowest = config.learning_rate * config.min_lr_ratio
     # A warmup that is longer than the run becomes a third of it.
     warmup = config.warmup_tokens if config.warmup_tokens < total_tokens else total_tokens / 3
@@ -562,8 +562,8 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
     for m in range(len(batch)):
         # DDP averages the gradients during backward. Only their sum over the micro-steps is needed,
         # so all but the last one skip that (no_sync): otherwise each would send all gradients.
-        average = runtime.world == 1 or m == len(batch) - 1
-        with nullcontext() if average else state.ddp.no_sync():
+        last = m == len(batch) - 1
+        with nullcontext() if last or runtime.world == 1 else state.ddp.no_sync():
             with runtime.autocast():
                 loss = state.ddp(inputs[m], targets[m]) / len(batch)  # their sum is the mean
             state.scaler.scale(loss).backward()
@@ -665,17 +665,17 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         torch.manual_seed(config.seed)
         return config, GPT(GPTConfig(*(getattr(config, name) for name in SIZES))), None
     content = saved or checkpoint.load(flags["init_from"])
-    loaded, fixed = content["network"] | content["settings"], FIXED
-    if "epochs" in flags:
-        loaded["max_steps"] = 0  # or it would win over --epochs
-    if not saved:
+    if saved:  # all settings; --epochs comes before the max_steps of before
+        instead = {"max_steps": 0} if "epochs" in flags else {}
+        loaded, fixed = content["network"] | content["settings"] | instead, FIXED
+    else:  # the model's sizes, and for --eval_only also what to evaluate on
         kept = ("data", "prompt", "val_tokens") if flags.get("eval_only") else ()
         loaded = content["network"] | {k: v for k, v in content["settings"].items() if k in kept}
         shorter = flags.get("seq_len", 0) <= loaded["seq_len"]  # a model may look back less far
         fixed = tuple(name for name in content["network"] if name != "seq_len" or not shorter)
     config = make_config(flags, loaded, fixed)
-    sizes = {name: getattr(config, name) for name in SIZES} | content["network"]
-    return config, build(sizes, content["model"]), saved
+    sizes = {name: getattr(config, name) for name in SIZES}  # with new ones, which you may add
+    return config, build(sizes | content["network"], content["model"]), saved
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -684,7 +684,7 @@ def main(argv: list[str] | None = None) -> None:
     config, model, saved = load_settings(flags)
     runtime = Runtime(config.device, config.dtype)
     first = saved["step"] if saved else 0
-    if runtime.least(first) != -runtime.least(-first):  # the smallest and the largest of them
+    if runtime.least(first) != -runtime.least(-first):  # -least(-x) is the largest x
         raise UserError("the ranks found different checkpoints; they must share one --out_dir")
     train_shards, val_shards = shards.open_data(config.data, config.seq_len)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
@@ -706,7 +706,7 @@ def main(argv: list[str] | None = None) -> None:
     micro_batch = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
     micro_batch = runtime.least(micro_batch)  # another rank may have less free memory
     header = describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
-    config = replace(config, micro_batch=micro_batch)  # after the header: --resume chooses again
+    config = replace(config, micro_batch=micro_batch)  # not in the header: --resume chooses anew
     state = TrainState(model, config, runtime)
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
     saver.restore(saved, steps)
@@ -725,21 +725,22 @@ def main(argv: list[str] | None = None) -> None:
             log("val", step, validate(model, val_loader, config, runtime))
         if due(config.hellaswag_every, step, steps) and not runtime.stopped:
             log("hellaswag", step, score_hellaswag(model, examples, runtime))
-        draw = step > 0 and runtime.rank == 0 and not runtime.stop
-        if draw and due(config.sample_every, step, steps):
+        may_sample = step > 0 and runtime.rank == 0 and not runtime.stop  # rank 0, so its own stop
+        if may_sample and due(config.sample_every, step, steps):
             log("sample", step, sample(model, config, step, 32, runtime))
         if step == steps or runtime.stopped:
             break
 
         model.train()
-        torch.manual_seed(hash((config.seed, step, runtime.rank)))  # for dropout, if you add it
+        # For dropout, if you add it. (Python's hash of integers is the same in every process.)
+        torch.manual_seed(hash((config.seed, step, runtime.rank)))
         began = time.perf_counter()
         batch = runtime.to_device(ahead.result())
         ahead = reader.submit(loader.batch, step + 1, config, runtime)
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
         loss, norm = train_step(state, batch, lr, config, runtime)
-        # In float16 an overflow is normal, and the scale is halved (1 in other dtypes). Not at 1.
+        # In float16 an infinite norm is normal until the scale is down to 1. (Others are always 1.)
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             raise saver.diverged(step, loss, norm)
         seconds = time.perf_counter() - began

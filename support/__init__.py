@@ -1,7 +1,7 @@
-"""What the tutorial's reader did not come for.
+"""The plumbing: what the tutorial needs, but does not teach.
 
 command      flags, settings, signals, and errors that are one line
-files        files that are whole or absent, folders with one owner
+files        files that are written whole or not at all, folders with one owner
 texts        documents on disk, in any encoding
 shards       the tokenizer, and shards of tokens
 machine      what a machine can do, and what fits its memory

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and folders with one owner."""
+"""Files that are written whole or not at all, and folders with one owner."""
 
 import contextlib
 import os

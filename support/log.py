@@ -92,8 +92,8 @@ def parse(line: bytes) -> dict:
 class Log:
     """metrics.jsonl, and the lines on the console. On ranks other than 0 it does nothing.
 
-    A run that resumes at step `first` drops what was recorded after that, so nothing stands twice.
-    What was evaluated at `first` stays.
+    A run that resumes at step `first` drops what was recorded after that, so nothing is logged
+    twice. What was evaluated at `first` stays.
     """
 
     def __init__(self, out_dir: str, first: int, steps: int, header: dict, rank: int):

@@ -225,12 +225,13 @@ def choose_micro_batch(config, model, compiled: bool, resuming: bool, runtime) -
     device = model.lm_head.weight.device
     if device.type != "cuda":  # larger is not faster there
         return max(n for n in sizes if n == 1 or n * config.seq_len <= 8192)
-    free = 0.9 * torch.cuda.mem_get_info(device)[0]  # a tenth for CUDA and fragments
+    # step_bytes counts the weights, which are there already. A tenth is for CUDA and fragments.
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     parameters = sum(p.numel() for p in model.parameters())
     best = 1
     for n in sizes:
         tokens = n * config.seq_len
         need = step_bytes(model.config, parameters, tokens, compiled, runtime.dtype, runtime.world)
-        if tokens <= 65536 and need <= free:
+        if tokens <= 65536 and need <= 0.9 * free:
             best = n
     return best

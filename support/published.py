@@ -1,8 +1,8 @@
 """Models in transformers' format: those that OpenAI published, and folders that others can load.
 
 The weights have the same names as in train_gpt2.py. OpenAI stored its matrices as (in, out), and
-nn.Linear has (out, in), so they are turned both ways. What transformers believes without looking
-is checked here: a folder that is not a plain GPT-2, with GPT-2's tokenizer, is refused.
+nn.Linear has (out, in), so they are turned both ways. What transformers takes on faith is
+checked here: a folder that is not a plain GPT-2, with GPT-2's tokenizer, is refused.
 """
 
 import json
