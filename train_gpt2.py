@@ -304,7 +304,7 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2.0e-4, batch_tokens=2**20),
     "gpt3": dict(seq_len=2048),
-    "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # RATE
+    "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # untried (runs/muon-cpu)
     # Ours: among the best of 14 shapes with three minutes each on a CPU.
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5)
     | dict(learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n", compile=False)

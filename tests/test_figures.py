@@ -56,7 +56,8 @@ def test_presets(preset, monkeypatch):
 
 def test_flags():
     """Every flag that README.md names exists."""
-    known = {"--index-url", "--reverse", "--no-compile", "--help"}  # the first are pip's and git's
+    known = {"--index-url", "--reverse", "--repo-type", "--local-dir"}  # pip's, git's, hf's
+    known |= {"--no-compile", "--help"}
     known |= {f"--{name}" for name in asdict(train_gpt2.TrainConfig())}
     for script in ROOT.glob("*.py"):
         known |= set(re.findall(r'add(?:_argument)?\("(--\w+)', script.read_text()))
