@@ -37,7 +37,8 @@ def summarize(records: list[dict], batch_tokens: int, step: int) -> dict:
     """
     seconds = defaultdict(float)
     for before, record in pairwise(records):
-        kind = {"train": "training", "resume": "lost"}.get(record["kind"], "evaluation")
+        names = {"train": "training", "resume": "lost", "end": "writing the last checkpoint"}
+        kind = names.get(record["kind"], "evaluation")
         if "time" in before and "time" in record:
             seconds[kind] += record["time"] - before["time"]
     of_kind = defaultdict(list)
