@@ -8,11 +8,10 @@ import statistics
 import sys
 import urllib.request
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import ROOT, one_line, run, their_model, their_tokenizer
+from helpers import one_line, run, their_model, their_tokenizer
 
 import hellaswag
 import train_gpt2
@@ -32,11 +31,6 @@ def make_models(folder: Path, seq_len=160):
     theirs.resize_token_embeddings(50257)
     ours = train_gpt2.GPT.from_pretrained(str(folder))
     return ours.requires_grad_(False), theirs.requires_grad_(False).eval()
-
-
-@pytest.fixture
-def model(tmp_path):
-    return make_models(tmp_path)[0]
 
 
 def brute_force(theirs, examples: list[hellaswag.Example]):
@@ -87,8 +81,6 @@ def test_harness_prompt_by_hand():
     assert decode(example.endings[0]) == "   Pour it.. Wait."
     assert decode(example.endings[2]) == "  y é"
     assert example.lengths == [len(" Pour it.. Wait."), 1, 3, 0]  # characters, not bytes
-    with pytest.raises(UserError, match="activity_label"):
-        hellaswag.render(dict(ctx="a", endings=["b"] * 4, label=0), harness=True)
 
 
 def test_a_file_may_have_blank_lines_but_no_wrong_record(tmp_path):
@@ -158,39 +150,28 @@ def test_choices_match_the_real_harness(tmp_path):
         assert right.tolist() == [sample[metric] for sample in samples]
 
 
-class Answer(io.BytesIO):
-    """What urlopen returns."""
+def test_downloads(monkeypatch, tmp_path):
+    """Only a valid answer becomes a file; a file that is here is checked, and not replaced."""
+    answers = [OSError("HTTP Error 404: Not Found"), b"<html>Please log in</html>"]
+    answers += [b"".join(LINES[1:]), CONTENT[:5000], CONTENT]
+    reasons = ["HTTP Error 404", "line 1: no JSON", "41 records instead of 42"]
 
-    status = 200
+    def urlopen(url, timeout):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        file = io.BytesIO(answer)
+        file.status = 200
+        return file
 
-
-def answers(monkeypatch, tmp_path, *these) -> Mock:
-    """Let the internet give these answers, one a request."""
-    urlopen = Mock(side_effect=[Answer(a) if isinstance(a, bytes) else a for a in these])
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(hellaswag, "RECORDS", {"val": len(RECORDS)})
     monkeypatch.setattr(hellaswag, "FOLDER", tmp_path / "hellaswag")
-    return urlopen
-
-
-BAD = {
-    "HTTP Error 404": OSError("HTTP Error 404: Not Found"),
-    "line 1: no JSON": b"<html>Please log in</html>",
-    "41 records instead of 42": b"".join(LINES[1:]),
-}
-
-
-@pytest.mark.parametrize("reason", BAD)
-def test_a_bad_answer_leaves_no_file_and_one_line(reason, monkeypatch, tmp_path):
-    urlopen = answers(monkeypatch, tmp_path, BAD[reason], BAD[reason])
-    with pytest.raises(UserError, match=rf"^cannot download .*{reason}.* --hellaswag_every 0$"):
-        hellaswag.download(pauses=(0.0,))
-    assert urlopen.call_count == 2 and not hellaswag.FOLDER.exists()
-
-
-def test_a_later_attempt_succeeds_and_a_file_that_is_here_must_be_valid(monkeypatch, tmp_path):
-    answers(monkeypatch, tmp_path, BAD["HTTP Error 404"], CONTENT[:5000], CONTENT)
-    hellaswag.download(pauses=(0.0, 0.0))
+    for reason in reasons:
+        with pytest.raises(UserError, match=f"^cannot download .*{reason}.*hellaswag_every 0 "):
+            hellaswag.download(pauses=())
+        assert not hellaswag.FOLDER.exists()
+    hellaswag.download(pauses=(0.0,))
     [path] = hellaswag.FOLDER.iterdir()
     assert path.read_bytes() == CONTENT
     assert len(hellaswag.load_examples()) == len(RECORDS)  # without a request
@@ -221,29 +202,9 @@ def test_the_command(tmp_path):
     assert f"predicted: {losses.index(min(losses))}, actual: 0\n" in done.stdout
     assert done.stdout.endswith(f"{last_line(*counts)}\n")
 
-    done = run(tmp_path, *flags, "--limit", 9, "--harness", script="hellaswag.py")
+    more = ["--limit", 9, "--harness"]
+    done = run(tmp_path, *flags, *more, script="hellaswag.py", processes=2)
     _, counts = brute_force(theirs, hellaswag.read_examples(FILE, harness=True)[:9])
     assert done.stdout == f"{last_line(*counts)}\n"
     one_line(run(tmp_path, "--data", "absent", script="hellaswag.py"), "absent.*No such file")
     one_line(run(tmp_path, "--limit", 0, script="hellaswag.py"), "--limit 0: .* at least 1")
-
-
-TWO_RANKS = """
-import io, os, pathlib, sys, urllib.request, hellaswag
-from support.command import run_command
-answer = io.BytesIO(pathlib.Path(sys.argv.pop()).read_bytes())
-answer.status = 200
-urllib.request.urlopen = {"0": lambda url, timeout: answer, "1": None}[os.environ["RANK"]]
-hellaswag.FOLDER = pathlib.Path("hellaswag")
-hellaswag.RECORDS = {"val": 42}
-run_command("hellaswag.py", hellaswag.main)
-"""
-
-
-def test_two_ranks_score_as_one_and_one_of_them_downloads(model, tmp_path):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    flags = ["--model", tmp_path, "--device", "cpu", FILE]
-    done = run(tmp_path, *flags, script=script, processes=2, PYTHONPATH=str(ROOT))
-    counts = hellaswag.count_right(model, hellaswag.read_examples(FILE))
-    assert done.stdout == last_line(*map(int, counts)) + "\n", done
