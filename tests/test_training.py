@@ -115,44 +115,34 @@ def test_thirty_steps_are_those_of_a_plain_loop(folder):
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz rounds in bfloat16, by the coefficients of Jordan's post."""
-    x = matrix.bfloat16()
-    x = x / x.norm()
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.float()
-
-
-def test_muon_is_that_of_its_papers(folder):
-    """A plain loop: momentum 0.95 of Nesterov's kind, orthogonal steps, 0.2 sqrt(longer side)."""
+def test_muon_is_torch_s(folder):
+    """A plain loop: torch's Muon for the matrices of the blocks, AdamW for the rest."""
     model = their_model(**SIZES)
     named = dict(model.named_parameters())
-    inside = {name for name, p in named.items() if ".h." in name and p.dim() == 2}
-    momenta = {name: torch.zeros_like(named[name]) for name in inside}
-    adamw = their_adamw({name: p for name, p in named.items() if name not in inside})
+    parts = {}  # views of each matrix: c_attn's queries, keys and values are three
+    for name, p in named.items():
+        if ".h." in name and p.dim() == 2:
+            views = p.detach().chunk(3 if "c_attn" in name else 1, dim=1)
+            parts[name] = [torch.nn.Parameter(view) for view in views]
+    options = dict(weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon([part for views in parts.values() for part in views], **options)
+    adamw = their_adamw({name: p for name, p in named.items() if name not in parts})
     data, expected = training_data(folder), []
     for step, record in enumerate(records(folder / "muon", "train")):
         rows = data.sequences(range(8 * step, 8 * step + 8))
         expected.append(their_step(model, adamw, rows, record["lr"])[0])
-        with torch.no_grad():
-            for name, momentum in momenta.items():
-                p = named[name]
-                momentum.mul_(0.95).add_(0.05 * p.grad)
-                ahead = 0.05 * p.grad + 0.95 * momentum
-                p.mul_(1 - 0.3 * record["lr"])
-                wide = p.shape[1] // (3 if "c_attn" in name else 1)  # queries, keys and values
-                for part, update in zip(p.split(wide, 1), ahead.split(wide, 1), strict=True):
-                    size = 0.2 * math.sqrt(max(part.shape))
-                    part.sub_(record["lr"] * size * orthogonal(update))
+        for name, views in parts.items():
+            for part, gradient in zip(views, named[name].grad.chunk(len(views), 1), strict=True):
+                part.grad = gradient
+        muon.param_groups[0]["lr"] = record["lr"]
+        muon.step()
     assert step == 13
     ours, plain = losses(folder / "muon"), losses(folder / "from given weights")[:14]
     np.testing.assert_allclose(ours, expected, atol=1e-3)
     assert np.abs(ours - plain).max() > 1e-2  # or AdamW would pass for it
     begun = their_model(**SIZES).state_dict()
     trained = in_their_layout(model, checkpoint(folder / "muon")["model"])
-    for name in inside:  # bfloat16 rounds: 0.03 here, 0.2 for another size
+    for name in parts:  # bfloat16 rounds: 0.03 here, 0.2 for another size
         moved, apart = trained[name] - begun[name], trained[name] - named[name]
         assert apart.norm() < 0.08 * moved.norm(), name
     np.testing.assert_allclose(losses(folder / "muon, 2 processes"), ours, atol=1e-3)
