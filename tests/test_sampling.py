@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import their_model
 
 from train_gpt2 import GPT, GPTConfig, generate
 
@@ -52,15 +51,3 @@ def test_padded_ids_are_never_drawn():
     for top_k in (1, 60_000):
         tokens = generate(model, [50256], 30, top_k=top_k)
         assert tokens.max() < 50257
-
-
-def test_top_1_is_transformers_greedy(tmp_path):
-    """top_k 1 continues as `GPT2LMHeadModel.generate(do_sample=False)` does."""
-    theirs = their_model(n_positions=32, n_embd=32, n_layer=2, n_head=4, eos_token_id=None)
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(str(tmp_path))
-    prompt = torch.tensor([[15496, 11, 314, 1101]])
-    expected = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=28, do_sample=False
-    )
-    assert generate(ours, prompt[0].tolist(), 28, samples=1, top_k=1).tolist() == expected.tolist()
