@@ -46,10 +46,8 @@ def greedy(model, count: int) -> str:
 def test_others_load_the_folder(folder, model):
     """Tokenizer, logits, and greedy text of `pipeline`, with the padded rows gone; and back."""
     path = str(folder / "my-gpt2")
-    theirs, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path),
-        AutoTokenizer.from_pretrained(path),
-    )
+    theirs = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     assert theirs.config.vocab_size == len(tokenizer) == 50257
     for text in (PROMPT, "a<|endoftext|>b", " 12  \n\n"):
         ids = shards.encode(text, end_of_text=True).tolist()
@@ -63,17 +61,7 @@ def test_others_load_the_folder(folder, model):
     write = pipeline("text-generation", path)
     (text,) = write(PROMPT, do_sample=False, max_new_tokens=15)
     assert text["generated_text"] == greedy(model, 15)
-    names = {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json"}
-    assert names <= {file.name for file in (folder / "my-gpt2").iterdir()}
-
-
-def test_what_is_there_is_not_overwritten(folder):
-    before = {file: file.read_bytes() for file in (folder / "my-gpt2").iterdir()}
     one_line(run(folder, "log", "my-gpt2", script="export.py"), "my-gpt2 has files in it")
-    one_line(
-        run(folder, "log", "log/checkpoint_0000007.pt", script="export.py"), "cannot be written"
-    )
-    assert before == {file: file.read_bytes() for file in (folder / "my-gpt2").iterdir()}
 
 
 def test_a_changed_network_is_not_exported(tmp_path):
@@ -99,13 +87,9 @@ def test_sample(folder, model):
     prompt = shards.encode_prompt(PROMPT)
     rows = generate(model, prompt, 40, samples=3, seed=5).tolist()
     assert texts == [shards.decode(row) for row in rows] and len(set(texts)) == 3
-    for flags, says in {
-        ("--model", "nothing"): "nothing is not a checkpoint.* gpt2-xl",
-        ("--top_k", "0"): "--top_k 0: it must be at least 1",
-        ("--temperature", "nan"): "--temperature nan",
-        ("--device", "abacus"): "--device abacus",
-    }.items():
-        one_line(run(folder, *flags, script="sample.py"), says)
+    done = run(folder, "--model", "nothing", script="sample.py")
+    one_line(done, "nothing is not a checkpoint.* gpt2-xl")
+    one_line(run(folder, "--top_k", 0, script="sample.py"), "--top_k 0: it must be at least 1")
 
 
 def test_text_appears_as_it_is_drawn(folder):
