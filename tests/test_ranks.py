@@ -3,12 +3,13 @@
 import os
 import shutil
 import signal
+import socket
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, losses, make_shards, run
-from night import agent, facts, free_port, night, recorded, wait_for, workers
+from night import facts, night, recorded, wait_for, workers
 
 FLAGS = [*TINY, "--max_steps", 60, "--checkpoint_every", 10, "--data", "shards"]
 
@@ -37,10 +38,14 @@ def test_a_killed_rank(quiet):
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_two_machines(quiet, killed):
     """Two torchrun agents meet and train one run. If a rank dies, both start theirs again."""
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = ["--nnodes=2", "--nproc_per_node=1", "--local-addr=127.0.0.1"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     name = f"machines_{killed}"
     flags = [*FLAGS, "--out_dir", name, "--resume"]
-    agents = [agent(quiet, port, *flags) for _ in range(2)]
+    agents = [night(quiet, *flags, torchrun=torchrun) for _ in range(2)]
     wait_for(recorded(quiet / name, 35), agents[0])
     if killed:
         os.kill(workers(agents[1].pid)[0], signal.SIGKILL)
