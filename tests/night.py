@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
-from helpers import TINY, make_shards, run, start
+from helpers import TINY, start
 
 STEPS = 160
 RUN = [*TINY, "--max_steps", STEPS, "--checkpoint_every", 40, "--sample_every", 80]
@@ -41,19 +40,6 @@ def night(folder: Path, *flags, processes=1, torchrun=()) -> subprocess.Popen:
     return start(folder, *flags, processes=processes, torchrun=torchrun, **RECIPE)
 
 
-def agent(folder: Path, port: int, *flags, processes=1) -> subprocess.Popen:
-    """One machine of two, as torchrun sees it."""
-    torchrun = ["--nnodes=2", f"--nproc_per_node={processes}", "--local-addr=127.0.0.1"]
-    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    return night(folder, *flags, torchrun=torchrun)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def wait_for(condition, process: subprocess.Popen, seconds=90) -> None:
     for _ in range(10 * seconds):
         if condition():
@@ -73,14 +59,6 @@ def recorded(folder: Path, step: int):
 def workers(parent: int) -> list[int]:
     path = Path(f"/proc/{parent}/task/{parent}/children")
     return sorted(map(int, path.read_text().split()))
-
-
-def quiet_run(folder: Path) -> Path:
-    """A folder with shards and the run `quiet`, which nothing disturbed."""
-    make_shards(folder / "shards")
-    done = run(folder, *RUN, "--out_dir", "quiet")
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def copy(quiet: Path, name: str) -> Path:
