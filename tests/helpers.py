@@ -33,30 +33,22 @@ def command(script: str, flags, processes=1, torchrun=()) -> list[str]:
     return [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
 
 
+def options(folder: Path, environment: dict) -> dict:
+    """How a command runs: in `folder`, with one thread a process, and it speaks text."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return dict(cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+
+
 def run(folder: Path, *flags, script="train_gpt2.py", processes=1, **environment):
-    """Run a command in `folder`, one thread a process -> subprocess.CompletedProcess, as text."""
-    return subprocess.run(
-        command(script, flags, processes),
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    """Run a command in `folder` -> subprocess.CompletedProcess."""
+    how = options(folder, environment) | dict(stderr=subprocess.PIPE, timeout=300)
+    return subprocess.run(command(script, flags, processes), **how, check=False)
 
 
 def start(folder: Path, *flags, script="train_gpt2.py", processes=1, torchrun=(), **environment):
     """Start a command in a process group of its own -> subprocess.Popen, its output in one pipe."""
-    return subprocess.Popen(
-        command(script, flags, processes, torchrun),
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    how = options(folder, environment) | dict(stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(command(script, flags, processes, torchrun), **how)
 
 
 def one_line(done, says: str) -> str:
