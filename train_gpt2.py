@@ -732,8 +732,7 @@ def main(argv: list[str] | None = None) -> None:
             break
 
         model.train()
-        # For dropout, if you add it. (Python's hash of integers is the same in every process.)
-        torch.manual_seed(hash((config.seed, step, runtime.rank)))
+        torch.manual_seed(hash((config.seed, step, runtime.rank)))  # for dropout, if you add it
         began = time.perf_counter()
         batch = runtime.to_device(ahead.result())
         ahead = reader.submit(loader.batch, step + 1, config, runtime)

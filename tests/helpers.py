@@ -107,11 +107,11 @@ def some_tokens(count: int, seed: int) -> np.ndarray:
 
 
 def make_shards(folder: Path) -> Path:
-    """A folder of both formats, with tails: 20 + 30 training sequences of 16, 13 to validate."""
+    """A folder of both formats, named as llm.c names them, with tails: 20 + 30 training sequences of 16, 13 to validate."""
     folder.mkdir()
-    np.save(folder / "x_train_000001.npy", some_tokens(20 * 16 + 1 + 9, 1))
-    write_bin(folder / "x_train_000002.bin", some_tokens(30 * 16 + 1, 2))
-    np.save(folder / "x_val_000000.npy", some_tokens(13 * 16 + 1 + 15, 3))
+    np.save(folder / "edu_fineweb_train_000001.npy", some_tokens(20 * 16 + 1 + 9, 1))
+    write_bin(folder / "edu_fineweb_train_000002.bin", some_tokens(30 * 16 + 1, 2))
+    write_bin(folder / "edu_fineweb_val_000000.bin", some_tokens(13 * 16 + 1 + 15, 3))
     return folder
 
 

@@ -180,7 +180,7 @@ def test_an_ignored_signal_stays_ignored(folder):
 
 def test_evaluations_are_left_early(folder):
     """Ctrl-C during a long validation: a word at once, no record of half of it, a checkpoint."""
-    np.save(folder / "shards/x_val_000000.npy", np.zeros(4_000_000, np.uint16))
+    np.save(folder / "shards/edu_fineweb_val_000000.npy", np.zeros(4_000_000, np.uint16))
     flags = [*LONG, "--val_every", 40, "--val_tokens", 10**8, "--out_dir", "log", "--resume"]
     process = start(folder, *flags, "--micro_batch", 1)
     wait_for(recorded(folder / "log", 0), process)  # the header: validation of step 0 begins

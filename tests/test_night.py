@@ -256,7 +256,7 @@ def test_nothing_that_is_loaded_runs(quiet):
         path.write_bytes(pickle.dumps(Evil()))
     torch.save({"model": Evil()}, quiet / "evil.pt")
     shards = make_shards(quiet / "evil_shards")
-    np.save(shards / "x_train_000001.npy", np.array([Evil()], object), allow_pickle=True)
+    np.save(shards / "edu_fineweb_train_000001.npy", np.array([Evil()], object), allow_pickle=True)
     for flags in (
         ["--out_dir", "evil", "--resume"],
         ["--init_from", "evil.pt", "--eval_only"],
