@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from support import report
+from support import checkpoint, report
 from support.command import explain, say
 from support.files import whole_file
 from support.machine import device_name, peak_memory
@@ -123,7 +124,7 @@ class Log:
                     if step < first or (step == first and kind != "train"):
                         file.write(line)
                         self.kept.add((kind, step))
-                        self.val += [record["loss"]] if kind == "val" else []
+                        self.val += [record.get("loss")] if kind == "val" else []
             self.file = open(path, "ab", buffering=2**20)
         self.record("resume" if first else "header", dict(step=first, **header))
 
@@ -165,11 +166,13 @@ class Log:
         return f" | {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
     def warn_if_rising(self, loss: float) -> None:
-        self.val.append(loss)
+        """Say that validation has risen three times in a row: the model memorizes a small text."""
+        self.val.append(loss if math.isfinite(loss) else None)
         last = self.val[-4:]
-        if len(last) == 4 and last == sorted(last) and len(set(last)) == 4:
-            best = f"the lowest was {min(self.val):.4f}, and {self.folder}/best keeps its model"
-            say(f"validation loss has risen three times in a row, as on a text too small; {best}")
+        if len(last) == 4 and None not in last and all(a < b for a, b in pairwise(last)):
+            best = checkpoint.best(self.folder)
+            where = f"; {self.folder}/best is {best.name}" if best else ""
+            say(f"validation loss has risen three times in a row: overfitting{where}")
 
     def record(self, kind: str, values: dict) -> None:
         def finite(value):  # JSON has neither infinity nor NaN, and no numbers of torch and numpy
