@@ -107,7 +107,7 @@ def some_tokens(count: int, seed: int) -> np.ndarray:
 
 
 def make_shards(folder: Path) -> Path:
-    """A folder of both formats, named as llm.c names them, with tails: 20 + 30 training sequences of 16, 13 to validate."""
+    """Two formats, llm.c's names: 20 + 30 training sequences of 16, 13 to validate, and tails."""
     folder.mkdir()
     np.save(folder / "edu_fineweb_train_000001.npy", some_tokens(20 * 16 + 1 + 9, 1))
     write_bin(folder / "edu_fineweb_train_000002.bin", some_tokens(30 * 16 + 1, 2))
