@@ -669,7 +669,7 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         instead = {"max_steps": 0} if "epochs" in flags else {}
         loaded, fixed = content["network"] | content["settings"] | instead, FIXED
     else:  # the model's sizes, and for --eval_only also what to evaluate on
-        kept = ("data", "prompt", "val_tokens") if flags.get("eval_only") else ()
+        kept = ("preset", "data", "prompt", "val_tokens") if flags.get("eval_only") else ()
         loaded = content["network"] | {k: v for k, v in content["settings"].items() if k in kept}
         shorter = flags.get("seq_len", 0) <= loaded["seq_len"]  # a model may look back less far
         fixed = tuple(name for name in content["network"] if name != "seq_len" or not shorter)

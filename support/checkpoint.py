@@ -233,7 +233,10 @@ class Saver:
                 old.unlink()
             return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-            failure = f"{path} NOT written: {first_line(error)}"
+            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
+            full = older and free < older[-1].stat().st_size
+            why = f"the disk has only {free / 1e9:.2f} GB left" if full else first_line(error)
+            failure = f"{path} NOT written: {why}"
             say(failure)
             return failure
 

@@ -166,7 +166,9 @@ class Stop:
             raise KeyboardInterrupt("stopped by a second Ctrl-C, without a checkpoint")
         first, self.signal = not self.signal, signal.Signals(number).name  # a second may come now
         if first and is_first_rank():
-            text = "stopping after this step; Ctrl-C again stops without a checkpoint"
+            text = "stopping after this step"
+            if number == signal.SIGINT:
+                text += "; Ctrl-C again stops without a checkpoint"
             with contextlib.suppress(OSError):  # print must not be called in a signal's handler
                 os.write(1, f"\n{self.signal}: {text}\n".encode())
 

@@ -108,6 +108,7 @@ class Log:
         self.val = []  # the validation losses
         self.took = {}  # seconds up to a record: of the last 100 steps, and of each kind's last
         self.latest = time.monotonic()  # when the latest record was made
+        self.end = None  # the end record of a run that was over already
         if rank > 0:
             return
         path = self.folder / "metrics.jsonl"
@@ -125,6 +126,7 @@ class Log:
                         file.write(line)
                         self.kept.add((kind, step))
                         self.val += [record.get("loss")] if kind == "val" else []
+                        self.end = record if record.get("done") and step == steps else None
             self.file = open(path, "ab", buffering=2**20)
         self.record("resume" if first else "header", dict(step=first, **header))
 
@@ -179,6 +181,8 @@ class Log:
             value = value.item() if hasattr(value, "item") else value
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
+        if self.end:  # there is nothing to add
+            return
         values = {name: finite(value) for name, value in values.items()}
         values["time"] = round(time.time(), 3)
         try:
@@ -196,9 +200,10 @@ class Log:
         try:
             self.file.flush()
             records = report.read(self.folder / "metrics.jsonl")
-            end = report.summarize(records, self.header["settings"]["batch_tokens"], step)
-            end |= dict(done=not stopped, peak_memory=peak_memory(self.header["device"]["kind"]))
-            self.record("end", dict(step=step, **end))
+            memory = peak_memory(self.header["device"]["kind"])
+            sums = report.summarize(records, self.header["settings"]["batch_tokens"], step)
+            end = self.end or dict(step=step, done=not stopped, **sums, peak_memory=memory)
+            self.record("end", end)
             self.file.close()
             say(report.write(self.folder, self.header, end, words))
         except OSError as error:

@@ -187,6 +187,7 @@ def write(folder: str | Path, model) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder} has files in it; give the name of a new folder")
+        theirs.generation_config.max_length = model.config.seq_len  # or a pipeline may go beyond it
         theirs.save_pretrained(folder)
         pairs = [tuple(pair) for pair in merges()]
         tokenizer = quiet_transformers().GPT2TokenizerFast(vocab=vocabulary(), merges=pairs)

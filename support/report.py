@@ -77,6 +77,7 @@ def lines_of(header: dict, end: dict, words: str, folder: Path) -> list[str]:
         restarts = "1 restart" if end["restarts"] == 1 else f"{end['restarts']} restarts"
         times += f", {clock(end['lost_seconds'])} lost in {restarts}"
     memory = f"; at most {end['peak_memory'] / 1e9:.2f} GB of memory" if end["peak_memory"] else ""
+    memory += " since then" if memory and end["restarts"] else ""
     lines.append(times + memory)
     if "val_loss" in end:
         lowest = f"the lowest was {end['best_loss']:.4f}, at step {end['best_step']}"

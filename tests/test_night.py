@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -142,6 +143,10 @@ def test_the_best_checkpoint_stays(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     full.close(6)
     assert there == [2, 5], "4 has made room before 6 was written"
+    monkeypatch.setattr(
+        torch, "save", Mock(side_effect=RuntimeError("enforce fail: unexpected pos"))
+    )
+    assert "0000007.pt NOT written: the disk has only 0.00 GB left" in full.close(7)
 
 
 def test_resume_takes_settings_from_the_checkpoint(quiet):

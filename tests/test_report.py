@@ -102,5 +102,12 @@ def test_what_a_run_came_to(tmp_path, clock, capsys):
         "validation loss 2.5000, the lowest of all",
         "HellaSwag acc_norm 0.2990 (OpenAI's model of this size: 0.2955)",
     ]
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    clock.now += 3600
+    again = log.Log(str(tmp_path), 4, 4, header, 0)  # --resume of a run that is over
+    again("val", 4, dict(loss=2.5, bits_per_byte=1.0))
+    again.close(4, "")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-len(said) :] == said
     page = (tmp_path / "report.md").read_text()
     assert all(f"    {line}" in page.splitlines() for line in [*said, "one", "text", "another"])
