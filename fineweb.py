@@ -412,7 +412,7 @@ def build(args: argparse.Namespace) -> None:
         f"were not text; replaced broken unicode in {broken}"
     )
     if len(sizes) == 1:
-        hint = f"delete {folder}, and give --shard_tokens {max(1, sizes[0] // 10)}"
+        hint = f"delete {folder}, and give --shard_tokens {-(-sizes[0] // 10)}"
         say(f"nothing is left to train on, because the first shard is for validation: {hint}")
 
 

@@ -142,7 +142,8 @@ def draw_panel(panel, runs: list[Run], y_name: str, x_name: str, stand_in: bool)
     if y_name in ("loss", "bits_per_byte", "grad_norm"):  # the first would flatten the rest
         panel.set_yscale("log")
         low, high = panel.get_ylim()
-        ticks = [m * 10.0**e for e in range(-3, 4) for m in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)]
+        first = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8) if high < 5 * low else (1, 2, 5)
+        ticks = [m * 10.0**e for e in range(-3, 4) for m in first]
         panel.set_yticks([y for y in ticks if low < y < high])
         panel.minorticks_off()
     panel.set_xlim(0, max(run.x[x_name][-1] for run in runs))

@@ -292,7 +292,8 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         if self.n_embd % self.n_head:
             what = f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}"
-            raise UserError(f"{what}; try {math.gcd(self.n_embd, self.n_head)}")
+            works = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            raise UserError(f"{what}; try {min(works, key=lambda n: abs(n - self.n_head))}")
 
 
 # What differs from the defaults. Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code.
@@ -319,7 +320,7 @@ def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfi
     guess = "gpt2" if shards.list_shards(HERE / "edu_fineweb10B", "train") else "demo"
     given = flags.get("preset") or loaded.get("preset")
     config = merge(TrainConfig, PRESETS, given or guess, loaded, flags, fixed)
-    why = "" if given else " (without --preset: gpt2 if fineweb.py has made its shards, else demo)"
+    why = "" if given else " (--preset chooses another)"
     say(f"preset {config.preset}{why}, data {config.data}")
     return config
 

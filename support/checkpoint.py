@@ -92,6 +92,8 @@ def load(source: str) -> dict:
     path = Path(source)
     folder = path.parent if path.name == "best" and not path.exists() else path
     paths = files(folder)
+    if not paths and (folder / "metrics.jsonl").exists():
+        raise UserError(f"{folder} has no checkpoint yet")
     if not paths:
         sizes, weights = published.read(source)
         return dict(network=sizes, model=weights, settings={})

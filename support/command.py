@@ -59,9 +59,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def progress(items, name: str):
-    """The items, with a progress bar if they take more than three seconds on a terminal."""
+    """The items, with a progress bar if they take more than a second on a terminal."""
     hidden = None if is_first_rank() else True  # None: where stderr is no terminal
-    return tqdm(items, name, disable=hidden, delay=3, leave=False)
+    return tqdm(items, name, disable=hidden, delay=1, leave=False)
 
 
 def setting(default, help: str, choices="", least=0, group=""):
@@ -87,7 +87,7 @@ def parse_flags(config_class: type, presets: dict, prog: str, doc: str | None, a
         values = {"default": field.default} if field.default not in (None, "", False) else {}
         values |= {preset: given[name] for preset, given in presets.items() if name in given}
         text = about.get("help", "") + (f": {', '.join(presets)}" if name == "preset" else "")
-        text += f" ({', '.join(f'{k}: {v}' for k, v in values.items())})" if values else ""
+        text += f" ({', '.join(f'{k}: {v!r}' for k, v in values.items())})" if values else ""
         options = dict(help=text.replace("%", "%%"), default=argparse.SUPPRESS)
         if field.type in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction

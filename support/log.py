@@ -37,14 +37,15 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
     dtype = str(runtime.dtype).removeprefix("torch.")
     shortened = ""
     if config.warmup_tokens >= steps * config.batch_tokens:  # as in learning_rate
-        shortened = ", a third of the run, because --warmup_tokens is more than all of it"
+        shortened = ", a third of the run (--warmup_tokens is more than all of it)"
         warmup = math.ceil(steps / 3)
     say(
         f"{count:,} parameters, {'compiled (at the first step)' if compiled else 'eager'}, on"
         f" {runtime.world} x {runtime.device_type} in {dtype}\n"
         f"{steps:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
-        f" {config.seq_len} at a time: {passes:.2g} passes over {tokens:,} tokens\n"
-        f"{warmup:,} steps of warmup{shortened}"
+        f" {config.seq_len} at a time\n"
+        f"{passes:.2g} passes over {tokens:,} tokens\n"
+        f"warmup: {warmup:,} steps{shortened}"
     )
     here = Path(__file__).parent
     options = dict(cwd=here, shell=True, capture_output=True, text=True)

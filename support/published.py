@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from support.command import UserError, explain
+from support.command import UserError, explain, say
 from support.shards import VOCAB_BPE, VOCAB_SIZE, byte_characters, merges
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's four models
@@ -83,6 +83,8 @@ def read(name_or_folder: str) -> tuple[dict, dict]:
         what = f"{name_or_folder} is not a checkpoint, a folder with one, a transformers folder"
         raise UserError(f"{what}, or one of {', '.join(NAMES)}")
     transformers = quiet_transformers()
+    if not folder.is_dir():
+        say(f"fetching {name_or_folder} from huggingface.co, unless it is here")
     with explain(f"cannot load GPT-2 weights from {name_or_folder}"):
         if folder.is_dir():
             check_folder(folder)

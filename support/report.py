@@ -33,12 +33,15 @@ def summarize(records: list[dict], batch_tokens: int, step: int) -> dict:
     """What the records of a run of `step` steps add up to. Times are in seconds.
 
     The time up to a record belongs to what was recorded: a step's to training, an evaluation's to
-    evaluation. What passed before a `resume` since the last record that it kept is lost.
+    evaluation. What passed before a `resume` since the last record that it kept is lost, but for
+    the pause after a run that was stopped.
     """
     seconds = defaultdict(float)
     for before, record in pairwise(records):
         names = {"train": "training", "resume": "lost", "end": "writing the last checkpoint"}
         kind = names.get(record["kind"], "evaluation")
+        if before["kind"] == "end":
+            kind = "a pause"
         if "time" in before and "time" in record:
             seconds[kind] += record["time"] - before["time"]
     of_kind = defaultdict(list)
@@ -57,7 +60,8 @@ def summarize(records: list[dict], batch_tokens: int, step: int) -> dict:
     known = [record for record in of_kind["val"] if record["loss"] is not None]
     if known:
         best = min(known, key=lambda record: record["loss"])
-        end |= dict(val_loss=known[-1]["loss"], best_loss=best["loss"], best_step=best["step"])
+        end |= {f"val_{name}": known[-1][name] for name in ("step", "loss", "bits_per_byte")}
+        end |= dict(best_loss=best["loss"], best_step=best["step"])
     if of_kind["hellaswag"]:
         end["hellaswag"] = of_kind["hellaswag"][-1]["acc_norm"]
     return end
@@ -69,8 +73,9 @@ def clock(seconds: float) -> str:
 
 def lines_of(header: dict, end: dict, words: str, folder: Path) -> list[str]:
     """The last lines of a run."""
-    speed = f" at {end['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in end else ""
-    lines = [f"{words}; {end['tokens']:,} tokens{speed}"]
+    lines = [words, f"{end['tokens']:,} tokens"]
+    if "tokens_per_second" in end:
+        lines[1] += f", {end['tokens_per_second']:,.0f} tokens/s in the median step"
     times = f"{clock(end['training_seconds'])} of training"
     times += f", {clock(end['evaluation_seconds'])} of evaluation"
     if end["restarts"]:
@@ -82,7 +87,10 @@ def lines_of(header: dict, end: dict, words: str, folder: Path) -> list[str]:
     if "val_loss" in end:
         lowest = f"the lowest was {end['best_loss']:.4f}, at step {end['best_step']}"
         lowest = "the lowest of all" if end["val_loss"] == end["best_loss"] else lowest
-        lines.append(f"validation loss {end['val_loss']:.4f}, {lowest}")
+        bits = f"{end['val_bits_per_byte']:.4f} bits per byte"
+        lines.append(
+            f"validation at step {end['val_step']}: {end['val_loss']:.4f}, {bits}; {lowest}"
+        )
     if "hellaswag" in end:
         network = header["network"]
         theirs = GPT2_HELLASWAG.get((network["n_layer"], network["n_embd"]))
@@ -91,7 +99,7 @@ def lines_of(header: dict, end: dict, words: str, folder: Path) -> list[str]:
     if kept := checkpoint.files(folder):
         lines.append(f"newest checkpoint: {kept[-1]}; next:")
         lines.append(f"    python sample.py --model {folder}")
-        lines.append(f"    python export.py {folder} my-gpt2")
+        lines.append(f"    python export.py {folder} {folder.name}-gpt2")
     return lines
 
 
@@ -99,9 +107,10 @@ def write(folder: Path, header: dict, end: dict, words: str) -> str:
     """Write report.md, and, where matplotlib is installed, a curve of a run of a minute or more
     -> the last lines of the run. `words` say how it ended."""
     lines = lines_of(header, end, words, folder)
-    page = [f"# The run in {folder}", "", f"`{header['command']}`", ""]
-    page += [f"    {line}" for line in lines]
     records = read(folder / "metrics.jsonl")
+    command = (records or [header])[0].get("command", header["command"])
+    page = [f"# The run in {folder}", "", f"`{command}`", ""]
+    page += [f"    {line}" for line in lines]
     samples = [record for record in records if record["kind"] == "sample"]
     if samples:
         page += ["", f"Samples at step {samples[-1]['step']}:", ""]

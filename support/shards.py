@@ -234,8 +234,8 @@ def open_folder(path: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def open_text(path: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     kind = ending(Path(path))
     if not os.path.exists(path):
-        hint = "python fineweb.py makes edu_fineweb10B; --preset demo needs only input.txt"
-        raise UserError(f"--data {path} does not exist; {hint}")
+        hint = "; python fineweb.py makes edu_fineweb10B; --preset demo needs only input.txt"
+        raise UserError(f"--data {path} does not exist{'' if kind else hint}")
     if kind in (".npy", ".bin"):
         hint = "give its folder, which must have shards with train and with val in their names"
         raise UserError(f"--data {path} is one shard; {hint}")

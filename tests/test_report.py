@@ -68,7 +68,7 @@ def test_a_loss_that_keeps_rising_is_said(tmp_path, clock, capsys):
 
 
 def test_what_a_run_came_to(tmp_path, clock, capsys):
-    """Stopped once for 30 s after step 2, of which step 1 had to be repeated. By hand."""
+    """Killed after step 2, of which step 1 had to be repeated, and started 30 s later. By hand."""
     one = make_log(tmp_path, 4, val_every=1)
     for step in (0, 1):
         clock.now += 5
@@ -95,11 +95,11 @@ def test_what_a_run_came_to(tmp_path, clock, capsys):
     assert (end["tokens"], end["restarts"], end["done"], end["step"]) == (400, 1, True, 4)
     assert (end["best_loss"], end["best_step"], end["hellaswag"]) == (2.5, 4, 0.2990)
     assert end["tokens_per_second"] == pytest.approx(100) and end["peak_memory"] > 1e8
-    assert said[0] == "done: 4 steps; 400 tokens at 100 tokens/s"
+    assert said[:2] == ["done: 4 steps", "400 tokens, 100 tokens/s in the median step"]
     times = "0:00:20 of training, 0:00:02 of evaluation, 0:00:37 lost in 1 restart; at most "
-    assert said[1].startswith(times)
-    assert said[2:4] == [
-        "validation loss 2.5000, the lowest of all",
+    assert said[2].startswith(times)
+    assert said[3:5] == [
+        "validation at step 4: 2.5000, 1.0000 bits per byte; the lowest of all",
         "HellaSwag acc_norm 0.2990 (OpenAI's model of this size: 0.2955)",
     ]
     before = (tmp_path / "metrics.jsonl").read_bytes()
