@@ -55,7 +55,8 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(prog, **{"description": first_line, **options})
 
     def error(self, message: str):
-        raise UserError(f"{message} (--help lists all flags)")
+        hint = "it has no value; its --no- form says no; " if "ignored explicit" in message else ""
+        raise UserError(f"{message} ({hint}--help lists all flags)")
 
 
 def progress(items, name: str):
