@@ -165,7 +165,7 @@ def faults(folder):
 BAD = {
     "--preset gpt5": "--preset gpt5: .*gpt2.*demo",
     "--n_layers 3": "--n_layers",
-    "--compile=False": "--compile.* it has no value",
+    "--compile=False": "--compile.*it has no value",
     "--max_steps 0 --epochs inf": "--epochs inf",
     "--device abacus": "--device abacus",
     "--data nowhere": "--data nowhere",
