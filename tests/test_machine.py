@@ -56,6 +56,9 @@ def test_peaks_are_those_of_the_data_sheets(monkeypatch):
         peak = machine.peak_flops(gpu, torch.bfloat16)
         assert peak == pytest.approx(0.5e12 * advertised, 0.02), name
         assert machine.peak_flops(gpu, torch.float32) is None, "which has another peak"
+    for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti"):
+        monkeypatch.setattr(machine, "device_name", lambda device, name=name: name)
+        assert machine.peak_flops(gpu, torch.bfloat16) is None, "another chip"
 
 
 def test_flops_per_token():
