@@ -251,7 +251,7 @@ def crop(example: Example, seq_len: int) -> Example:
 def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tensor:
     """N examples -> (N, 4), each ending's log-probability in nats; fewer once `stop` is true.
 
-    Everything is copied to the device at once, so Python does not wait for a GPU here.
+    Everything is copied to the device before the loop, in which Python does not wait for a GPU.
     """
     device = model.lm_head.weight.device
     rows = []  # number of the ending among all 4 N, its context, its tokens

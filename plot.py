@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from support.command import OneLineParser, UserError, explain, run_command
+from support.report import GPT2_HELLASWAG
 
 # OpenAI's models, by layers and channels, as build-nanogpt quotes them: GPT-2's loss on FineWeb-Edu
 # and GPT-3 in play.ipynb, GPT-2's HellaSwag in hellaswag.py. For other sizes we know no number.
 BASELINES = {
     ("loss", 12, 768): {"GPT-2 (124M)": 3.2924},
-    ("acc_norm", 12, 768): {"GPT-2 (124M)": 0.2955, "GPT-3 (124M)": 0.337},
-    ("acc_norm", 48, 1600): {"GPT-2 (XL)": 0.4893},
+    ("acc_norm", 12, 768): {"GPT-2 (124M)": GPT2_HELLASWAG[12, 768], "GPT-3 (124M)": 0.337},
+    ("acc_norm", 48, 1600): {"GPT-2 (XL)": GPT2_HELLASWAG[48, 1600]},
 }
 X_NAMES = ("tokens", "steps", "hours", "seconds")
 UNITS = {"loss": "loss (nats)", "tokens_per_second": "tokens/s"}

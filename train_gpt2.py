@@ -198,8 +198,8 @@ class GPT(nn.Module):
         # A softmax over 50,304 logits needs float32. (Autocast would see to that by itself.)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str) -> "GPT":
+    @staticmethod
+    def from_pretrained(name_or_folder: str) -> "GPT":
         """Load a published model (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a transformers folder.
 
         The vocabulary stays unpadded: GPT-2's logits are around -35, so an added row of zeros, with
@@ -523,9 +523,9 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
     lowest = config.learning_rate * config.min_lr_ratio
     # A warmup that is longer than the run becomes a third of it.
     warmup = config.warmup_tokens if config.warmup_tokens < total_tokens else total_tokens / 3
-    if tokens < warmup:  # a straight line up
+    if tokens < warmup:  # a straight line up,
         return config.learning_rate * tokens / warmup
-    # and half a cosine down
+    # then half a cosine down
     done = (tokens - warmup) / (total_tokens - warmup)
     return lowest + (config.learning_rate - lowest) * 0.5 * (1.0 + math.cos(math.pi * done))
 

@@ -13,8 +13,6 @@ torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,S
 After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
 """
 
-import contextlib
-import json
 import os
 import pickle
 import shutil
@@ -26,7 +24,7 @@ import torch
 
 from support import published
 from support.command import UserError, explain, first_line, progress, say
-from support.files import lock_folder, whole_file
+from support.files import json_lines, lock_folder, whole_file
 
 
 def files(path: Path) -> list[Path]:
@@ -36,14 +34,10 @@ def files(path: Path) -> list[Path]:
 
 def validation_losses(folder: Path) -> dict[int, float]:
     """The validation losses in a folder's metrics.jsonl, by step."""
-    losses = {}
-    with contextlib.suppress(OSError):  # there is none
-        for line in (folder / "metrics.jsonl").read_bytes().splitlines():
-            if b'"kind": "val"' in line:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line
-                    record = json.loads(line)
-                    losses[int(record["step"])] = float(record["loss"])
-    return losses
+    path = folder / "metrics.jsonl"
+    records = [record for _, record in json_lines(path)] if path.exists() else []
+    val = [record for record in records if record["kind"] == "val"]
+    return {record["step"]: record["loss"] for record in val if record["loss"] is not None}
 
 
 def best(folder: Path) -> Path | None:

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and folders with one owner."""
+"""Files that are written whole or not at all, lines of JSON, and folders with one owner."""
 
 import contextlib
+import json
 import os
 import platform
 import time
@@ -30,6 +31,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)  # after an error
+
+
+def json_lines(path: Path) -> list[tuple[bytes, dict]]:
+    """The whole lines of a metrics.jsonl, and the record in each. A kill may have cut the last one,
+    and a power cut damaged others."""
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if line.endswith(b"\n") and isinstance(record, dict) and "kind" in record:
+                found.append((line, record))
+    return found
 
 
 def lock_folder(folder: Path) -> None:

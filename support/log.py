@@ -24,7 +24,7 @@ import torch
 
 from support import checkpoint, report
 from support.command import explain, say
-from support.files import whole_file
+from support.files import json_lines, whole_file
 from support.machine import device_name, peak_memory
 
 
@@ -82,15 +82,6 @@ def text_of(kind: str, values: dict) -> str:
     return line + (f" | mfu {v['mfu']:.0%}" if v["mfu"] else "")
 
 
-def parse(line: bytes) -> dict:
-    """A line of metrics.jsonl; of step infinity if a power cut has damaged it."""
-    try:
-        record = json.loads(line)
-        return {"step": math.inf, **record} if line.endswith(b"\n") else {"step": math.inf}
-    except (ValueError, TypeError):
-        return {"step": math.inf}
-
-
 class Log:
     """metrics.jsonl, and the lines on the console. On ranks other than 0 it does nothing.
 
@@ -114,15 +105,14 @@ class Log:
             return
         path = self.folder / "metrics.jsonl"
         with explain(f"{path} cannot be written"):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            if lines and not first:  # its checkpoints are gone, or there was none yet
+            lines = json_lines(path) if path.exists() else []
+            if path.exists() and path.stat().st_size and not first:  # no checkpoint has its records
                 os.replace(path, path.with_name("metrics.jsonl.old"))
                 say(f"the records of a run without a checkpoint are now in {path}.old")
                 lines = []
             with whole_file(path) as file:
-                for line in lines:
-                    record = parse(line)
-                    kind, step = record.get("kind"), record["step"]
+                for line, record in lines:
+                    kind, step = record["kind"], record.get("step", math.inf)
                     if step < first or (step == first and kind != "train"):
                         file.write(line)
                         self.kept.add((kind, step))
@@ -200,12 +190,12 @@ class Log:
         words = stopped or f"done: {step:,} steps"
         try:
             self.file.flush()
-            records = report.read(self.folder / "metrics.jsonl")
+            records = [record for _, record in json_lines(self.folder / "metrics.jsonl")]
             memory = peak_memory(self.header["device"]["kind"])
             sums = report.summarize(records, self.header["settings"]["batch_tokens"], step)
             end = self.end or dict(step=step, done=not stopped, **sums, peak_memory=memory)
             self.record("end", end)
             self.file.close()
-            say(report.write(self.folder, self.header, end, words))
+            say(report.write(self.folder, self.header, records, end, words))
         except OSError as error:
             say(f"{words}\nthe last records are lost: {error}")

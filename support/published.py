@@ -155,15 +155,15 @@ def to_transformers(model):
 
     Raises UserError if the network is not GPT-2's: transformers has no place for a changed one.
     """
-    c = model.config
-    config = quiet_transformers().GPT2Config(
+    transformers, c = quiet_transformers(), model.config
+    config = transformers.GPT2Config(
         vocab_size=VOCAB_SIZE,
         n_positions=c.seq_len,
         n_layer=c.n_layer,
         n_head=c.n_head,
         n_embd=c.n_embd,
     )
-    theirs = quiet_transformers().GPT2LMHeadModel(config).eval()
+    theirs = transformers.GPT2LMHeadModel(config).eval()
     weights = turn(model.state_dict())
     for name in ("transformer.wte.weight", "lm_head.weight"):
         weights[name] = weights[name][:VOCAB_SIZE]

@@ -1,4 +1,4 @@
-"""What a GPU has not shown yet, in the order of its worth: about 15 minutes on one H100 or H200.
+"""What a GPU has not shown yet, in the order of its worth: some 15 minutes on one H200 (estimate).
 
     python runs/h200/measure.py SHARDS RECORDS.jsonl           # all parts, into runs/h200/new/
     python runs/h200/measure.py SHARDS RECORDS.jsonl --parts tests stream
