@@ -251,7 +251,7 @@ def crop(example: Example, seq_len: int) -> Example:
 def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tensor:
     """N examples -> (N, 4), each ending's log-probability in nats; fewer once `stop` is true.
 
-    Everything is copied to the device before the loop, in which Python does not wait for a GPU.
+    Everything is copied to the device before the loop. Python waits for a GPU once, after it.
     """
     device = model.lm_head.weight.device
     rows = []  # number of the ending among all 4 N, its context, its tokens
@@ -262,53 +262,55 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
     longest = len(rows[0][1] + rows[0][2])
     at_once = max(1, BATCH_TOKENS[device.type] // longest)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # padded on the right
-    batches = []  # T, and for each token of an ending: where it is predicted, its id, its ending
+    places, ids, owners = [], [], []  # of an ending's token: where it is predicted, id, ending
+    batches = []  # its first row, its T, its part of these lists
     for first in range(0, len(rows), at_once):
         batch = rows[first : first + at_once]
         T = len(batch[0][1] + batch[0][2]) - 1  # the last token is predicted, but not read
-        places, ids, owners = [], [], []
+        begin = len(ids)
         for r, (number, context, ending) in enumerate(batch):
             row = context + ending
             tokens[first + r, : len(row)] = torch.tensor(row)
             places += range(r * T + len(context) - 1, r * T + len(row) - 1)
             ids += ending
             owners += [number] * len(ending)
-        batches.append((first, T, torch.tensor([places, ids, owners])))
+        batches.append((first, T, slice(begin, len(ids))))
     tokens = tokens.to(device)
-    batches = [(first, T, numbers.to(device)) for first, T, numbers in batches]
+    numbers = torch.tensor([places, ids, owners]).to(device)
 
     sums = torch.zeros(len(rows), device=device)
-    for first, T, (places, ids, owners) in progress(batches, "HellaSwag"):
+    for first, T, part in progress(batches, "HellaSwag"):
         if stop:
             break
+        places, ids, owners = numbers[:, part]  # (3, E)
         x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
         logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, V)
         losses = F.cross_entropy(logits, ids, reduction="none")  # (E, V) -> (E,)
         sums.index_add_(0, owners, -losses)
-    return sums.view(-1, 4)
+    return sums.view(-1, 4).cpu()
 
 
 def choose(examples: list[Example], sums) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (N, 4) -> choices (N,), by sum and by sum / length. The first of equals."""
     # The same ending twice gets one score, since its rows may be rounded differently.
     firsts = torch.tensor([[e.endings.index(ending) for ending in e.endings] for e in examples])
-    lengths = torch.tensor([example.lengths for example in examples], device=sums.device)
-    sums = sums.gather(1, firsts.to(sums.device)).masked_fill(lengths == 0, -torch.inf)
+    lengths = torch.tensor([example.lengths for example in examples])
+    sums = sums.gather(1, firsts).masked_fill(lengths == 0, -torch.inf)
     return sums.argmax(dim=1), (sums / lengths).argmax(dim=1)
 
 
 @torch.no_grad()
-def count_right(model, examples: list[Example], stop=False) -> tuple:
+def count_right(model, examples: list[Example], stop=False) -> tuple[int, int, int]:
     """Score the examples -> how many are right, by sum and by mean, and how many there are.
 
-    The counts stay on the device, for the caller to wait for. An object `stop` that becomes true
-    ends it early, and the counts mean nothing. Raises UserError.
+    An object `stop` that becomes true ends it early, and the counts mean nothing. Raises UserError.
     """
     if not examples:
         return 0, 0, 0
     choice, choice_norm = choose(examples, log_probabilities(model, examples, stop))
-    labels = torch.tensor([example.label for example in examples], device=choice.device)
-    return (choice == labels).sum(), (choice_norm == labels).sum(), len(examples)
+    labels = torch.tensor([example.label for example in examples])
+    right, right_norm = (int((c == labels).sum()) for c in (choice, choice_norm))
+    return right, right_norm, len(examples)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,7 +323,7 @@ def show(model, example: Example) -> None:
     """Print an example and its four losses, in nats per token (with --harness, per character)."""
     decode = shards.gpt2_tokenizer().decode
     sums = log_probabilities(model, [example])
-    losses = -sums[0].cpu() / torch.tensor(example.lengths)
+    losses = -sums[0] / torch.tensor(example.lengths)
     context = crop(example, model.config.seq_len).context
     say(f"---\nContext:\n {decode(context)}\nEndings:")
     for i, ending in enumerate(example.endings):

@@ -104,8 +104,7 @@ def test_a_run_waits_only_where_it_must(folder):
         "sum": 4 + 3 + 2,  # a training step, a validation, and a HellaSwag score each wait once
         "generate": 1 + 32 * 2,  # the prompt; each token's probabilities, and the choice back
         "sample": 1,  # the texts
-        # Each score copies the tokens, a batch's places and the numbers behind the choices once.
-        "hellaswag.py": 2 * 5,
+        "hellaswag.py": 2 * 3,  # each score copies tokens and numbers there, and the scores back
         "least": 3 * 2,  # the first step, lowest and highest, and the micro-batch: there and back
         "main": 28,  # model.to(device)
     }
