@@ -13,7 +13,7 @@ from support.command import OneLineParser, run_command, say
 
 
 def main(argv: list[str] | None = None) -> None:
-    from train_gpt2 import load_model
+    from train_gpt2 import GPT
 
     parser = OneLineParser("export.py", __doc__)
     add = parser.add_argument
@@ -24,8 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("folder", metavar="FOLDER", help="the folder to write; it must be new or empty")
     args = parser.parse_args(argv)
-    model, _ = load_model(args.model)
-    published.write(args.folder, model)
+    published.write(args.folder, GPT.from_pretrained(args.model))
     say(f'wrote {args.folder}; try: pipeline("text-generation", "{args.folder}")("Once")')
 
 

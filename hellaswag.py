@@ -262,8 +262,9 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
     longest = len(rows[0][1] + rows[0][2])
     at_once = max(1, BATCH_TOKENS[device.type] // longest)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # padded on the right
-    places, ids, owners = [], [], []  # of an ending's token: where it is predicted, id, ending
-    batches = []  # its first row, its T, its part of these lists
+    # For each token of an ending: where in its batch it is predicted, its id, its ending's number.
+    places, ids, owners = [], [], []
+    batches = []  # its first row, its T, its part of the three lists
     for first in range(0, len(rows), at_once):
         batch = rows[first : first + at_once]
         T = len(batch[0][1] + batch[0][2]) - 1  # the last token is predicted, but not read
@@ -282,7 +283,7 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
     for first, T, part in progress(batches, "HellaSwag"):
         if stop:
             break
-        places, ids, owners = numbers[:, part]  # (3, E)
+        places, ids, owners = numbers[:, part]  # of the E tokens to predict in these R rows
         x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
         logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, V)
         losses = F.cross_entropy(logits, ids, reduction="none")  # (E, V) -> (E,)
@@ -343,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         here = (runtime.local_rank == 0, runtime.barrier)
         examples = load_examples(*here, args.split, args.harness)
     examples = examples[: args.limit]
-    model = train_gpt2.load_model(args.model)[0].to(runtime.device)
+    model = train_gpt2.GPT.from_pretrained(args.model).to(runtime.device)
     for example in examples[: args.show]:
         show(model, example)
     mine = examples[runtime.rank :: runtime.world]

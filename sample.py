@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from support import shards
+from support import checkpoint, shards
 from support.command import OneLineParser, UserError, run_command, say
 
 
@@ -37,7 +37,7 @@ def show_as_drawn():
 
 
 def main(argv: list[str] | None = None) -> None:
-    from train_gpt2 import Runtime, generate, load_model
+    from train_gpt2 import Runtime, build, generate
 
     parser = OneLineParser("sample.py", __doc__)
     add = parser.add_argument
@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         args.temperature, args.top_k = 1.0, 1
     runtime = Runtime(args.device, "float32")
     with contextlib.redirect_stdout(sys.stderr):  # stdout gets the text alone
-        model, settings = load_model(args.model)
-    model.to(runtime.device).eval()
-    prompt = settings.get("prompt", "Hello, I'm a language model,")
+        content = checkpoint.load(args.model)
+    model = build(content["network"], content["model"]).to(runtime.device).eval()
+    prompt = content["settings"].get("prompt", "Hello, I'm a language model,")
     prompt = prompt if args.prompt is None else args.prompt
     options = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)
     options |= dict(samples=args.samples, max_new_tokens=args.max_new_tokens)

@@ -1,12 +1,12 @@
 """Reproduce GPT-2 (124M) in one script: the model, the data, the optimizer and the training run.
 
 It follows the lecture "Let's reproduce GPT-2 (124M)" (https://www.youtube.com/watch?v=l8pRSuU81PU).
-Read it from top to bottom: each section uses only what comes before it, and what it imports from
-support/. Its banner names the chapters of the lecture that it covers.
+Read it from top to bottom: each section uses only what comes before it, and what it imports. Its
+banner names the chapters of the lecture that it covers.
 
     python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
-    python train_gpt2.py --preset gpt2                      # one GPU (15 hours on an A100)
+    python train_gpt2.py --preset gpt2                      # one GPU (5 hours on an H200)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs
     python sample.py --model log --prompt "Once upon a time"  # text by the model of a run
 
@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import hellaswag
-from support import checkpoint, machine, muon, published, shards
+from support import checkpoint, machine, muon, shards
 from support.command import Stop, UserError, merge, parse_flags, progress, run_command, say, setting
 from support.log import Log, describe_run, text_of
 
@@ -63,7 +63,7 @@ class GPTConfig:
 
     seq_len: int = setting(1024, "tokens per sequence", least=1)  # T: how far the model looks back
     # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128. Kernels load 16 bytes at a time, 8 numbers in
-    # bfloat16, and of rows of 50,257 logits only every eighth starts on such a boundary.
+    # bfloat16. With rows of 50,257 logits, only every eighth row starts at such a place.
     vocab_size: int = setting(50304, "vocabulary, with padding", least=shards.VOCAB_SIZE)
     n_layer: int = setting(12, "number of layers", least=1)  # L
     n_head: int = setting(12, "attention heads per layer", least=1)  # H
@@ -87,8 +87,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
-        heads = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
-        q, k, v = (z.view(heads).transpose(1, 2) for z in (q, k, v))  # (B, T, C) -> (B, H, T, D)
+        shape = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
+        q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))  # (B, T, C) -> (B, H, T, D)
         # softmax(q k^T / sqrt(D) + mask) v; the mask is -inf for later tokens (plain_attention in
         # bench.py). A sum of D products grows like sqrt(D); dividing by it keeps the softmax soft.
         # FlashAttention (2022) goes tile by tile and never stores the (B, H, T, T) scores.
@@ -173,8 +173,8 @@ class GPT(nn.Module):
         """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
-        # Under bfloat16 autocast, the blocks' outputs are bfloat16. On a GPU, the stream is made so
-        # as well (not in the lecture): half the memory traffic, and 4% faster on an H200.
+        # Under bfloat16 autocast, what the blocks add is bfloat16. On a GPU the stream is, too: not
+        # in the lecture, but half the memory traffic, and 4% faster on an H200.
         x = x.bfloat16() if machine.bfloat16_stream(x.device.type) else x
         for block in self.transformer.h:
             x = block(x)
@@ -195,18 +195,16 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits
-        # A softmax over 50,304 logits needs float32. (Autocast would see to that by itself.)
+        # A softmax over 50,304 logits needs float32. (Autocast would do this, too.)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @staticmethod
-    def from_pretrained(name_or_folder: str) -> "GPT":
-        """Load a published model (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a transformers folder.
-
-        The vocabulary stays unpadded: GPT-2's logits are around -35, so an added row of zeros, with
-        its logit of 0, would win every softmax. support/published.py transposes OpenAI's matrices,
-        which are stored as (in, out), and raises UserError if it is not a plain GPT-2.
+    def from_pretrained(source: str) -> "GPT":
+        """Load a published model (gpt2, gpt2-medium, gpt2-large, gpt2-xl), a transformers folder,
+        or a checkpoint of ours. Raises UserError if it is not a plain GPT-2.
         """
-        return build(*published.read(name_or_folder))
+        content = checkpoint.load(source)
+        return build(content["network"], content["model"])
 
 
 def build(sizes: dict, weights: dict) -> GPT:
@@ -249,8 +247,8 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
 # Every setting is one line: a default, a flag, its help and its source; setting() makes the
-# dataclass field that carries these. A flag comes first, then what --resume loads (all settings) or
-# --init_from (the model's sizes), then the preset, then the default.
+# dataclass field that carries these. A flag wins over what --resume loads (all settings) or
+# --init_from (the model's sizes), that over the preset, and that over the default.
 
 
 @dataclass(frozen=True)
@@ -269,13 +267,13 @@ class TrainConfig(GPTConfig):
     epochs: float = setting(1.0, "passes over the training data")  # the lecture
     max_steps: int = setting(0, "number of steps, whatever --epochs is; 0: as many as it needs")
     batch_tokens: int = setting(2**19, "tokens per step", least=1)  # GPT-3 paper, table 2.1: 0.5M
-    micro_batch: int = setting(0, "sequences per forward pass on a device; 0: as many as fit")
+    micro_batch: int = setting(0, "sequences per forward pass on a device; 0: by memory")
 
     optimizer: str = setting("adamw", "for matrices", choices="adamw muon", group="optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate")  # GPT-3 paper, table 2.1
-    min_lr_ratio: float = setting(0.1, "final rate as a fraction of the peak")  # GPT-3, B
-    warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, appendix B
-    weight_decay: float = setting(0.1, "decay of matrices and embeddings")  # GPT-3, appendix B
+    min_lr_ratio: float = setting(0.1, "final rate as a fraction of the peak")  # GPT-3, app. B
+    warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, app. B
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings")  # GPT-3, app. B
     grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: never")  # GPT-3, app. B
 
     val_every: int = setting(250, "steps between validation losses; 0: never", group="evaluation")
@@ -291,9 +289,11 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            what = f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}"
-            works = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            raise UserError(f"{what}; try {min(works, key=lambda n: abs(n - self.n_head))}")
+            raise UserError(f"--n_head {self.n_head} must divide --n_embd {self.n_embd}")
+
+    def sizes(self) -> dict:
+        """The settings that are GPTConfig's."""
+        return {name: getattr(self, name) for name in SIZES}
 
 
 # What differs from the defaults. Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code.
@@ -307,10 +307,10 @@ PRESETS = {
     "gpt3": dict(seq_len=2048),
     "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # untried (runs/muon-cpu)
     # Ours: among the best of 14 shapes with three minutes each on a CPU.
-    "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5)
-    | dict(learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n", compile=False)
-    | dict(sample_every=500, hellaswag_every=0, data=str(HERE / "input.txt")),
-}
+    "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5,
+                 learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n",
+                 sample_every=500, hellaswag_every=0, data=str(HERE / "input.txt"), compile=False),
+}  # fmt: skip
 SIZES = tuple(size.name for size in fields(GPTConfig))
 FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # what --resume cannot change
 
@@ -358,7 +358,7 @@ class Runtime:
             raise UserError("set all of RANK, LOCAL_RANK and WORLD_SIZE, as torchrun does, or none")
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
         self.stop = Stop()  # true after a signal to this rank
-        self.stopped = False  # true after a signal to any rank: `sum` finds out
+        self.all_stop = False  # true after a signal to any rank: all find out in the next `sum`
         self.device = machine.open_device(device, self.local_rank)  # each process has its own GPU
         self.device_type = self.device.type
         # bfloat16 where it is fast, float16 on GPUs before Ampere (2020), float32 elsewhere.
@@ -371,21 +371,22 @@ class Runtime:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
 
     def autocast(self):
-        """Matrix products in self.dtype; weights, norms and softmax stay in float32."""
+        """Matrix products in self.dtype; weights, LayerNorm and softmax stay in float32."""
         half = self.dtype != torch.float32
         return torch.autocast(self.device_type, self.dtype) if half else nullcontext()
 
     def sum(self, *values) -> list[float]:
-        """Sum each value, a number or a scalar on the device, over all ranks; agree on `stopped`.
+        """Sum each value, a number or a scalar on the device, over all ranks; agree on `all_stop`.
 
         Python waits here for the GPU and the other ranks, so pass all values in one call.
         """
         zero = torch.zeros((), dtype=self.double, device=self.device)
+        # zero + value: a number becomes a tensor on the device
         total = torch.stack([zero + value for value in (*values, bool(self.stop))])
         if self.world > 1:
             dist.all_reduce(total)
         *sums, stops = total.tolist()
-        self.stopped = stops > 0
+        self.all_stop = stops > 0
         return sums
 
     def least(self, value: int) -> int:
@@ -394,6 +395,10 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return int(smallest)
+
+    def same(self, value: int) -> bool:
+        """Whether all ranks have the same value."""
+        return self.least(value) == -self.least(-value)  # the smallest and the largest
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -419,7 +424,7 @@ class Runtime:
 # fineweb.py writes shards of 10^8 tokens. A sequence is T = 1024 tokens and one more, since each
 # token's target is the next one. So a shard has (10^8 - 1) // 1024 = 97,656 sequences; the 99
 # training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512. (The lecture
-# takes 10^10 / 2^19 = 19,073 steps, and its loader has data for 18,722, so it starts over.)
+# takes 10^10 / 2^19 = 19,073 steps, more than it has data for.)
 
 
 @functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
@@ -455,7 +460,7 @@ class DataLoaderLite:
             if left < self.counts[number]:  # it is in this shard
                 break
             left -= self.counts[number]  # it comes after this shard
-        # (epoch,) is the key of the order of shards. numpy ignores trailing zeros: start from 1.
+        # 1 + number: to numpy, (seed, epoch, 0) is (seed, epoch), which orders the shards.
         order = shuffled(self.counts[number], self.seed, epoch, 1 + number)
         first = order[left] * self.seq_len
         array = self.arrays[number]
@@ -481,8 +486,8 @@ class DataLoaderLite:
 # 6. The optimizer and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 decay, fused)
 # --------------------------------------------------------------------------------------------------
 # AdamW keeps two running averages for each parameter: of its gradient and of the gradient's square.
-# It steps by the first over the root of the second, so every parameter moves by about the learning
-# rate, however large its gradients are. The averages are unreliable at first, hence the warmup.
+# It steps by the first over the root of the second, so every parameter moves by the learning rate
+# or less, however large its gradients are. The averages are unreliable at first, hence the warmup.
 # Weight decay pulls each weight toward 0, so the model does not lean on a few large ones. Two
 # averages, the weight and its gradient are 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
 
@@ -518,8 +523,8 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate of the step that brings the run to `tokens` of `total_tokens`. It counts its own
-    tokens, so the first rate is not 0, which would waste a step."""
+    """The rate of the step that brings the run to `tokens` of `total_tokens`. The step's own tokens
+    count: a first rate of 0 would waste a step."""
     lowest = config.learning_rate * config.min_lr_ratio
     # A warmup that is longer than the run becomes a third of it.
     warmup = config.warmup_tokens if config.warmup_tokens < total_tokens else total_tokens / 3
@@ -547,7 +552,7 @@ class TrainState:
         self.optimizers = make_optimizers(model, config)
         float16 = runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=float16)
-        # Only train_step uses the wrapper: names have no "module.", and rank 0 can sample alone.
+        # DDP puts "module." before all names and needs all ranks, so only train_step uses it.
         self.ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
 
     def parts(self) -> dict:
@@ -576,7 +581,8 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
     # One bad batch should not throw the model off, so the gradient's norm is capped.
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     # So far Python has only queued work; here it waits for the GPU. So timing a step needs no
-    # torch.cuda.synchronize. (The update below is queued, and timed with the next step.)
+    # torch.cuda.synchronize. (The update below is queued, and timed with the next step.) The norms
+    # of the ranks are equal, so their mean is any of them.
     loss, norm = (total / runtime.world for total in runtime.sum(mean_loss, norm))
     for optimizer in state.optimizers.values():
         if math.isfinite(loss) and math.isfinite(norm):
@@ -616,7 +622,7 @@ def validate(model, loader, config, runtime) -> dict | None:
         with runtime.autocast():
             nats += forward(rows[:, :-1], rows[:, 1:]) * rows[:, 1:].numel()
     nats, count, text_bytes = runtime.sum(nats, count, text_bytes)
-    if runtime.stopped:
+    if runtime.all_stop:
         return None
     return dict(loss=nats / count, bits_per_byte=nats / math.log(2) / max(text_bytes, 1))
 
@@ -636,19 +642,13 @@ def score_hellaswag(model, examples, runtime) -> dict | None:
         mine = examples[runtime.rank :: runtime.world]
         counts = hellaswag.count_right(model, mine, runtime.stop)
     scores = hellaswag.Scores(*runtime.sum(*counts))
-    return None if runtime.stopped else dict(acc=scores.acc, acc_norm=scores.acc_norm)
+    return None if runtime.all_stop else dict(acc=scores.acc, acc_norm=scores.acc_norm)
 
 
 # --------------------------------------------------------------------------------------------------
 # 9. The run (3:28:23 starting the run)
 # --------------------------------------------------------------------------------------------------
 # support/log.py prints and records; support/checkpoint.py writes what a run can continue from.
-
-
-def load_model(source: str) -> tuple[GPT, dict]:
-    """Load one of our checkpoints, or a model of transformers -> it, and its run's settings."""
-    content = checkpoint.load(source)
-    return build(content["network"], content["model"]), content["settings"]
 
 
 def due(every: int, step: int, steps: int) -> bool:
@@ -664,19 +664,19 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
             raise UserError("--eval_only needs --init_from, or --resume and a checkpoint")
         config = make_config(flags, {}, ())
         torch.manual_seed(config.seed)
-        return config, GPT(GPTConfig(*(getattr(config, name) for name in SIZES))), None
+        return config, GPT(GPTConfig(**config.sizes())), None
     content = saved or checkpoint.load(flags["init_from"])
-    if saved:  # all settings; --epochs comes before the max_steps of before
-        instead = {"max_steps": 0} if "epochs" in flags else {}
-        loaded, fixed = content["network"] | content["settings"] | instead, FIXED
+    if saved:  # all settings; a new --epochs cancels the old --max_steps
+        cancelled = {"max_steps": 0} if "epochs" in flags else {}
+        loaded, fixed = content["network"] | content["settings"] | cancelled, FIXED
     else:  # the model's sizes, and for --eval_only also what to evaluate on
         kept = ("preset", "data", "prompt", "val_tokens") if flags.get("eval_only") else ()
         loaded = content["network"] | {k: v for k, v in content["settings"].items() if k in kept}
-        shorter = flags.get("seq_len", 0) <= loaded["seq_len"]  # a model may look back less far
-        fixed = tuple(name for name in content["network"] if name != "seq_len" or not shorter)
+        longer = flags.get("seq_len", 0) > loaded["seq_len"]  # a model may look back less far
+        fixed = tuple(name for name in content["network"] if name != "seq_len" or longer)
     config = make_config(flags, loaded, fixed)
-    sizes = {name: getattr(config, name) for name in SIZES}  # with new ones, which you may add
-    return config, build(sizes | content["network"], content["model"]), saved
+    # The checkpoint lacks sizes that you have added to GPTConfig since.
+    return config, build(config.sizes() | content["network"], content["model"]), saved
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -685,7 +685,7 @@ def main(argv: list[str] | None = None) -> None:
     config, model, saved = load_settings(flags)
     runtime = Runtime(config.device, config.dtype)
     first = saved["step"] if saved else 0
-    if runtime.least(first) != -runtime.least(-first):  # -least(-x) is the largest x
+    if not runtime.same(first):
         raise UserError("the ranks found different checkpoints; they must share one --out_dir")
     train_shards, val_shards = shards.open_data(config.data, config.seq_len)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
@@ -717,19 +717,19 @@ def main(argv: list[str] | None = None) -> None:
     runtime.stop.listen()
 
     for step in range(first, steps + 1):  # `step` updates are done
-        if runtime.stopped:
+        if runtime.all_stop:
             break
         model.eval()
         if due(config.checkpoint_every, step, steps):
             saver.save(step)
         if due(config.val_every, step, steps):
             log("val", step, validate(model, val_loader, config, runtime))
-        if due(config.hellaswag_every, step, steps) and not runtime.stopped:
+        if due(config.hellaswag_every, step, steps) and not runtime.all_stop:
             log("hellaswag", step, score_hellaswag(model, examples, runtime))
-        may_sample = step > 0 and runtime.rank == 0 and not runtime.stop  # rank 0, so its own stop
+        may_sample = step > 0 and runtime.rank == 0 and not runtime.stop  # no other rank waits
         if may_sample and due(config.sample_every, step, steps):
             log("sample", step, sample(model, config, step, 32, runtime))
-        if step == steps or runtime.stopped:
+        if step == steps or runtime.all_stop:
             break
 
         model.train()
@@ -740,7 +740,7 @@ def main(argv: list[str] | None = None) -> None:
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
         loss, norm = train_step(state, batch, lr, config, runtime)
-        # In float16 an infinite norm is normal until the scale is down to 1. (Others are always 1.)
+        # In float16 an infinite norm is normal until the scale is down to 1. (Without, it is 1.)
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             raise saver.diverged(step, loss, norm)
         seconds = time.perf_counter() - began
@@ -749,8 +749,8 @@ def main(argv: list[str] | None = None) -> None:
         values = dict(loss=loss, lr=lr, grad_norm=norm, step_ms=1000 * seconds)
         log("train", step, values | dict(tokens_per_second=speed, mfu=mfu))
 
-    failure = saver.close(step)  # of the last checkpoint
-    log.close(step, runtime.stop.last_words(step) if runtime.stopped else "")
+    failure = saver.close(step)  # why the last checkpoint was not written, or ""
+    log.close(step, runtime.stop.last_words(step) if runtime.all_stop else "")
     if failure:
         raise UserError(failure)
     runtime.close()

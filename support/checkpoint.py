@@ -4,9 +4,8 @@
 
 The newest two stay, and the best: the one whose step has the lowest validation loss. `--resume`
 continues from the newest whole one. Elsewhere, FOLDER names its newest checkpoint, and FOLDER/best
-its best. README.md ("When something goes wrong") says
-what can happen to a run, what you find in the morning, and how exactly a resumed run repeats an
-uninterrupted one.
+its best. README.md ("When something goes wrong") says what can happen to a run, what you find in
+the morning, and how exactly a resumed run repeats an uninterrupted one.
 
 Nothing that is loaded can run code: checkpoints are plain data, read with weights_only=True.
 torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
@@ -162,7 +161,8 @@ class Saver:
         self.folder = Path(header["settings"]["out_dir"])
         self.saved = 0  # the step of the newest checkpoint
         self.thread = ThreadPoolExecutor(1)
-        self.writing = self.thread.submit(str)  # the latest write; its result is its error, or ""
+        # The latest write. Its result is its error, or "", as that of str() when there is none yet.
+        self.writing = self.thread.submit(str)
         if rank > 0:
             return
         with explain(f"--out_dir {self.folder} cannot be used"):

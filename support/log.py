@@ -98,7 +98,7 @@ class Log:
         self.printed = -math.inf  # when a training step was last printed
         self.kept = set()  # kind and step of the records from before a resume
         self.val = []  # the validation losses
-        self.took = {}  # seconds up to a record: of the last 100 steps, and of each kind's last
+        self.took = {}  # kind -> the seconds it took: the last 100 training steps, or the last one
         self.latest = time.monotonic()  # when the latest record was made
         self.end = None  # the end record of a run that was over already
         if rank > 0:

@@ -67,7 +67,7 @@ def flops_per_token(model, seq_len: int) -> int:
     6 for each parameter in a matrix product: forward multiplies and adds, and backward does so
     twice, for the gradients of the input and of the weight. (wpe is only added, and not counted.)
     Attention takes 12 L C T more. GPT-2 (124M): 0.855 GFLOP, and 448 TFLOP for a batch of 2^19
-    tokens, which take 8 A100s at half of their 312 TFLOP/s 360 ms.
+    tokens: 360 ms on 8 A100s at half of 312 TFLOP/s each.
     """
     weights = sum(p.numel() for name, p in model.named_parameters() if "wpe" not in name)
     return 6 * weights + 12 * model.config.n_layer * model.config.n_embd * seq_len
@@ -178,7 +178,7 @@ def keep_freed_memory() -> bool:
 #   logits        2 bytes each: the compiler fuses the softmax and writes the
 #                 gradient over the logits. Run eagerly, cross_entropy holds them
 #                 three times in float32, 12 bytes, and the total is 65 GB              6.6 GB
-#                                                                            together 29.7 GB
+#                                                                            together 29.8 GB
 #
 # On an H200 the step above took 28.6 GB. The eager total was held against a simulation of every
 # allocation.

@@ -76,6 +76,8 @@ def check_folder(folder: Path) -> None:
 def read(name_or_folder: str) -> tuple[dict, dict]:
     """Read a published model or a folder -> its sizes, as GPTConfig names them, and its weights.
 
+    The vocabulary stays unpadded: OpenAI's logits are around -35, so an added row of zeros, with
+    its logit of 0, would win every softmax.
     Raises UserError if that fails, or if it is not a plain GPT-2.
     """
     folder = Path(name_or_folder)

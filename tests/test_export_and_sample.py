@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from sample import show_as_drawn
 from support import published, shards
 from support.command import UserError
-from train_gpt2 import GPT, GPTConfig, generate, load_model
+from train_gpt2 import GPT, GPTConfig, generate
 
 PROMPT = "Hello, naïve  world"
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    return load_model(str(folder / "log"))[0]
+    return GPT.from_pretrained(str(folder / "log"))
 
 
 def greedy(model, count: int) -> str:
@@ -52,7 +52,7 @@ def test_others_load_the_folder(folder, model):
     for text in (PROMPT, "a<|endoftext|>b", " 12  \n\n"):
         ids = shards.encode(text, end_of_text=True).tolist()
         assert tokenizer(text).input_ids == ids and tokenizer.decode(ids) == text
-    back = load_model(path)[0]
+    back = GPT.from_pretrained(path)
     tokens = torch.randint(50257, (3, 24))
     with torch.no_grad():
         logits = model(tokens)[..., :50257]

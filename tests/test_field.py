@@ -18,7 +18,7 @@ from transformers import GPT2Config
 
 from support import files, machine
 from support.command import UserError
-from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model
+from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 SIZES = dict(n_positions=16, n_layer=2, n_head=1, n_embd=64)
 
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 def refuse(source, says):
     with pytest.raises(UserError, match=says) as error:
-        load_model(source)
+        GPT.from_pretrained(source)
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
@@ -76,12 +76,12 @@ def test_state_dicts_of_others_load(folder):
     """Weights alone, with torch.compile's prefix, and in OpenAI's layout: the same logits."""
     theirs = their_model(**SIZES)
     torch.save(theirs.state_dict(), "theirs.pt")
-    model, settings = load_model("theirs.pt")
+    model = GPT.from_pretrained("theirs.pt")
     torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()}, "compiled.pt")
     tokens = torch.randint(50257, (2, 16))
     for name in ("theirs.pt", "compiled.pt"):
-        model, settings = load_model(name)
-        assert settings == {} and model.config.n_head == 1
+        model = GPT.from_pretrained(name)
+        assert model.config.n_head == 1
         with torch.no_grad():
             torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 

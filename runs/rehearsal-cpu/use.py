@@ -76,7 +76,7 @@ def compare_scores(model, theirs, tokenizer) -> None:
 
 def main() -> None:
     runtime = train_gpt2.Runtime("cpu", "float32")
-    model, _ = train_gpt2.load_model("log")
+    model = train_gpt2.GPT.from_pretrained("log")
     export.main(["log", "exported"])
     theirs = transformers.GPT2LMHeadModel.from_pretrained("exported").eval()
     compare_losses(model, theirs, runtime)
