@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.command import OneLineParser, UserError, explain, run_command
+from support.files import json_lines
 from support.report import GPT2_HELLASWAG
 
 # OpenAI's models, by layers and channels, as build-nanogpt quotes them: GPT-2's loss on FineWeb-Edu
@@ -44,8 +45,7 @@ def read_run(path: Path) -> Run:
     """Read the metrics.jsonl of an --out_dir, or one itself. Raises UserError if it is not one."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     with explain(f"{path} is not a run's metrics.jsonl"):
-        whole_lines = path.read_text("utf-8").rpartition("\n")[0]  # the last may still be growing
-        lines = [json.loads(line) for line in whole_lines.splitlines()]
+        lines = [record for _, record in json_lines(path)]
         settings = lines[0]["settings"]
         settings["data"] = Path(settings["data"]).name
         records = {kind: [line for line in lines if line["kind"] == kind] for kind in KINDS}

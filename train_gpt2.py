@@ -208,9 +208,7 @@ class GPT(nn.Module):
 
 
 def build(sizes: dict, weights: dict) -> GPT:
-    model = GPT(GPTConfig(**sizes))
-    model.load_state_dict(weights)
-    return model
+    return checkpoint.load_weights(GPT(GPTConfig(**sizes)), weights).eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,7 +287,8 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise UserError(f"--n_head {self.n_head} must divide --n_embd {self.n_embd}")
+            works = next(n for n in range(self.n_head, 0, -1) if self.n_embd % n == 0)
+            raise UserError(f"--n_head {self.n_head} must divide --n_embd; try {works}")
 
     def sizes(self) -> dict:
         """The settings that are GPTConfig's."""
@@ -315,7 +314,7 @@ SIZES = tuple(size.name for size in fields(GPTConfig))
 FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # what --resume cannot change
 
 
-def make_config(flags: dict, loaded: dict, fixed: tuple[str, ...]) -> TrainConfig:
+def make_config(flags: dict, loaded: dict, fixed) -> TrainConfig:
     """Merge all settings; flags may not contradict the `fixed` ones among those loaded."""
     guess = "gpt2" if shards.list_shards(HERE / "edu_fineweb10B", "train") else "demo"
     given = flags.get("preset") or loaded.get("preset")
@@ -613,22 +612,24 @@ def validate(model, loader, config, runtime) -> dict | None:
     for first in progress(range(runtime.rank * B, end, runtime.world * B), "validation"):
         if runtime.stop:
             break
-        rows = loader.sequences(range(first, min(first + B, end)))  # (B, T + 1)
+        rows = loader.sequences(range(first, min(first + B, end)))
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
-        count += rows[:, 1:].numel()
-        rows = runtime.to_device(rows)
-        # A shorter last batch would be compiled again; model.forward is eager.
-        forward = model if len(rows) == B else model.forward
+        tokens = rows[:, 1:].numel()
+        count += tokens
+        # Another shape would be compiled again, so fewer rows get more: cross_entropy ignores -100.
+        rows = runtime.to_device(F.pad(rows, (0, 0, 0, B - len(rows)), value=-100))  # (B, T + 1)
         with runtime.autocast():
-            nats += forward(rows[:, :-1], rows[:, 1:]) * rows[:, 1:].numel()
+            nats += model(rows[:, :-1].clamp(min=0), rows[:, 1:]) * tokens
     nats, count, text_bytes = runtime.sum(nats, count, text_bytes)
     if runtime.all_stop:
         return None
     return dict(loss=nats / count, bits_per_byte=nats / math.log(2) / max(text_bytes, 1))
 
 
-def sample(model, config, step, max_new_tokens, runtime) -> dict:
-    """Continue --prompt four times, seeded by --seed + step."""
+def sample(model, config, step, max_new_tokens, runtime) -> dict | None:
+    """Continue --prompt four times, seeded by --seed + step; None if the run is to stop."""
+    if runtime.stop:
+        return None
     with runtime.autocast():
         prompt = shards.encode_prompt(config.prompt)
         rows = generate(model, prompt, max_new_tokens, seed=config.seed + step)
@@ -666,17 +667,16 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         torch.manual_seed(config.seed)
         return config, GPT(GPTConfig(**config.sizes())), None
     content = saved or checkpoint.load(flags["init_from"])
-    if saved:  # all settings; a new --epochs cancels the old --max_steps
-        cancelled = {"max_steps": 0} if "epochs" in flags else {}
-        loaded, fixed = content["network"] | content["settings"] | cancelled, FIXED
-    else:  # the model's sizes, and for --eval_only also what to evaluate on
-        kept = ("preset", "data", "prompt", "val_tokens") if flags.get("eval_only") else ()
-        loaded = content["network"] | {k: v for k, v in content["settings"].items() if k in kept}
-        longer = flags.get("seq_len", 0) > loaded["seq_len"]  # a model may look back less far
-        fixed = tuple(name for name in content["network"] if name != "seq_len" or longer)
+    network, settings = content["network"], content["settings"]
+    if saved:  # a new --epochs cancels the old --max_steps
+        loaded, fixed = network | settings | ({"max_steps": 0} if "epochs" in flags else {}), FIXED
+    else:  # the model's sizes, though it may look back less far; for --eval_only all settings
+        loaded = network | settings if flags.get("eval_only") else network
+        may_change = {"seq_len"} if flags.get("seq_len", 0) <= network["seq_len"] else set()
+        fixed = network.keys() - may_change
     config = make_config(flags, loaded, fixed)
     # The checkpoint lacks sizes that you have added to GPTConfig since.
-    return config, build(config.sizes() | content["network"], content["model"]), saved
+    return config, build(config.sizes() | network, content["model"]), saved
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -685,11 +685,12 @@ def main(argv: list[str] | None = None) -> None:
     config, model, saved = load_settings(flags)
     runtime = Runtime(config.device, config.dtype)
     first = saved["step"] if saved else 0
-    if not runtime.same(first):
-        raise UserError("the ranks found different checkpoints; they must share one --out_dir")
     train_shards, val_shards = shards.open_data(config.data, config.seq_len)
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
     val_loader = DataLoaderLite(val_shards, config.seq_len, None)
+    found = (first, loader.epoch_sequences, val_loader.epoch_sequences)
+    if not all(runtime.same(number) for number in found):
+        raise UserError("the ranks found different checkpoints or data: all need the same folders")
     model.to(runtime.device)
     if config.eval_only:
         say(text_of("val", validate(model.eval(), val_loader, config, runtime)))
@@ -726,8 +727,7 @@ def main(argv: list[str] | None = None) -> None:
             log("val", step, validate(model, val_loader, config, runtime))
         if due(config.hellaswag_every, step, steps) and not runtime.all_stop:
             log("hellaswag", step, score_hellaswag(model, examples, runtime))
-        may_sample = step > 0 and runtime.rank == 0 and not runtime.stop  # no other rank waits
-        if may_sample and due(config.sample_every, step, steps):
+        if step > 0 and runtime.rank == 0 and due(config.sample_every, step, steps):
             log("sample", step, sample(model, config, step, 32, runtime))
         if step == steps or runtime.all_stop:
             break

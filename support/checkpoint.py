@@ -12,6 +12,7 @@ torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,S
 After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout).
 """
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -90,42 +91,56 @@ def load(source: str) -> dict:
     if not paths:
         sizes, weights = published.read(source)
         return dict(network=sizes, model=weights, settings={})
-    lowest = best(folder) if folder.is_dir() else None
-    chosen = lowest if folder != path else paths[-1]
-    if chosen is None:
+    if path.is_file():
+        content = read(path)
+        return content if is_ours(content) else published.from_state_dict(content, path)
+    lowest = best(folder)
+    if folder == path:
+        chosen, content = newest_whole(paths)
+    elif lowest:
+        chosen, content = lowest, read(lowest)
+    else:
         raise UserError(f"{folder} has no checkpoint with a validation loss; try {folder}")
-    content = read(chosen)
-    if not is_ours(content):
-        return published.from_state_dict(content, chosen)
-    if folder.is_dir():
-        other = f"; {folder}/best is {lowest.name}" if lowest not in (chosen, None) else ""
-        say(f"model: {chosen}{other}")
+    other = f"; {folder}/best is {lowest.name}" if lowest not in (chosen, None) else ""
+    say(f"model: {chosen}{other}")
     return content
 
 
+def newest_whole(paths: list[Path]) -> tuple[Path, dict]:
+    """Read the newest checkpoint that is whole -> its path, and what it holds. Raises UserError."""
+    for path in reversed(paths):
+        try:
+            content = read(path)
+            if is_ours(content):
+                return path, content
+            raise UserError(f"{path} is not a whole checkpoint (it lacks some of its parts)")
+        except UserError as error:
+            say(f"{error}; trying the one before")
+    raise UserError(f"no checkpoint in {paths[0].parent} is whole; train again in another folder")
+
+
 def newest(folder: Path) -> dict | None:
-    """Read the newest whole checkpoint in a folder; None if the folder has no checkpoint.
+    """What to resume: the newest whole checkpoint in a folder; None if it has no checkpoint.
 
     Raises UserError if there are checkpoints and none is whole.
     """
     if folder.is_dir():
         lock_folder(folder)  # no other run writes to it from here on
     paths = files(folder)
-    for path in reversed(paths):
-        try:
-            content = read(path)
-            if not is_ours(content):
-                raise UserError(f"{path} is not a whole checkpoint (it lacks some of its parts)")
-        except UserError as error:
-            say(f"{error}; trying the one before")
-            continue
-        say(f"resuming from {path}")
-        content["settings"] |= dict(out_dir=str(folder), resume=True)  # the folder may have moved
-        return content
-    if paths:
-        raise UserError(f"no checkpoint in {folder} is whole; start again in another --out_dir")
-    say(f"no checkpoint in {folder} yet: starting from the beginning")
-    return None
+    if not paths:
+        say(f"no checkpoint in {folder} yet: starting from the beginning")
+        return None
+    path, content = newest_whole(paths)
+    say(f"resuming from {path}")
+    content["settings"] |= dict(out_dir=str(folder), resume=True)  # the folder may have moved
+    return content
+
+
+def load_weights(model, weights: dict):
+    """Put weights into a model -> the model. Raises UserError if they do not fit it."""
+    with explain("these weights do not fit the network: it may have changed in train_gpt2.py"):
+        model.load_state_dict(weights)
+    return model
 
 
 def copy_to_cpu(value, copies: dict):
@@ -188,6 +203,8 @@ class Saver:
             what = f"the checkpoint is from step {saved['step']}"
             raise UserError(f"{what}, but this run ends at step {steps}; raise --max_steps")
         for name, part in self.parts.items():
+            if name not in saved:
+                raise UserError(f"the checkpoint has no {name}: it is another program's")
             state = saved[name]
             if "param_groups" in state:  # the current settings win
                 state["param_groups"] = part.state_dict()["param_groups"]
@@ -212,32 +229,40 @@ class Saver:
 
     def write(self, content: dict) -> str:
         """Write a checkpoint, and keep the one before it and the best -> what went wrong, or ""."""
-        path = self.folder / f"checkpoint_{content['step']:07d}.pt"
-        older = [other for other in files(self.folder) if other < path]
-        kept = {*older[-1:], best(self.folder)}
-        spare = [other for other in older if other not in kept]
+        path = self.path(content["step"])
+        size = room = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+            older = [other for other in files(self.folder) if other < path]
+            kept = {*older[-1:], best(self.folder)}
+            spare = [other for other in older if other not in kept]
+            size = older[-1].stat().st_size if older else 0
             room = shutil.disk_usage(self.folder).free
-            if spare and room < 1.1 * older[-1].stat().st_size:  # too little for one more
+            if spare and room < 1.1 * size:  # too little for one more
                 spare.pop(0).unlink()
             with open(self.folder / "metrics.jsonl", "ab") as records:
                 os.fsync(records)  # after a power cut, no record before the checkpoint is missing
             with whole_file(path) as file:
                 torch.save(content, file)
-            for old in spare:
-                old.unlink()
-            return ""
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-            free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
-            full = older and free < older[-1].stat().st_size
-            why = f"the disk has only {free / 1e9:.2f} GB left" if full else first_line(error)
-            failure = f"{path} NOT written: {why}"
+            why = f"the disk has only {room / 1e9:.2f} GB left" if room < size else ""
+            failure = f"{path} NOT written: {why or first_line(error)}"
             say(failure)
             return failure
+        for old in spare:
+            with contextlib.suppress(OSError):  # the new one is whole all the same
+                old.unlink()
+        return ""
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"checkpoint_{step:07d}.pt"
 
     def diverged(self, step: int, loss: float, norm: float) -> UserError:
-        self.writing.result()  # the newest may still be on its way
+        """What to say of a loss that is not finite. A checkpoint with those weights is put aside,
+        as *.bad: it was written before they were tried."""
+        self.writing.result()  # it may still be on its way
+        if self.rank == 0 and self.path(step).exists():
+            self.path(step).rename(self.path(step).with_suffix(".bad"))
         last = (files(self.folder) or ["none"])[-1]
         what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last}"
         hint = "try --resume with --dtype float32 or a lower --learning_rate"

@@ -100,7 +100,7 @@ def parse_flags(config_class: type, presets: dict, prog: str, doc: str | None, a
     return vars(parser.parse_args(argv))
 
 
-def merge(config_class: type, presets: dict, preset: str, loaded: dict, flags: dict, fixed: tuple):
+def merge(config_class: type, presets: dict, preset: str, loaded: dict, flags: dict, fixed):
     """Make a config: flags win over what was loaded, that over the preset, that over the defaults.
 
     Raises UserError if there is no such preset, if a number is too small, or if a flag contradicts
@@ -168,7 +168,7 @@ class Stop:
         first, self.signal = not self.signal, signal.Signals(number).name  # a second may come now
         if first and is_first_rank():
             text = "stopping after this step"
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and "RANK" not in os.environ:  # torchrun passes on only one
                 text += "; Ctrl-C again stops without a checkpoint"
             with contextlib.suppress(OSError):  # print must not be called in a signal's handler
                 os.write(1, f"\n{self.signal}: {text}\n".encode())

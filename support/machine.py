@@ -212,11 +212,11 @@ def choose_micro_batch(config, model, compiled: bool, resuming: bool, runtime) -
         works = max(1, round(config.batch_tokens / unit)) * unit
         hint = f"try {works}"
         if resuming:  # the run's batch stays
-            shares = config.batch_tokens // alone if config.batch_tokens % alone == 0 else 0
+            shares = config.batch_tokens // alone
             ranks = [str(n) for n in range(1, shares + 1) if shares % n == 0]
             hint = f"this run can continue on {', '.join(ranks[:8])} ranks"
-            if not shares:
-                hint = "leave out --micro_batch"
+            if config.micro_batch:
+                hint = "try --micro_batch 0"
         raise UserError(f"{what}seq_len * ranks = {unit}; {hint}")
     if config.micro_batch:
         return config.micro_batch

@@ -111,8 +111,8 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch(folder):
     model = GPT(GPTConfig(seq_len=32, n_layer=1, n_head=1, n_embd=8))
     for micro_batch, resuming, says in (
         (0, True, "continue on 1, 2, 4, 8 ranks"),
-        (2, True, "continue on 1, 2, 4 ranks"),
-        (3, True, "leave out --micro_batch"),
+        (2, True, "try --micro_batch 0"),
+        (3, True, "try --micro_batch 0"),
         (0, False, "try 288"),
     ):
         config = TrainConfig(seq_len=32, batch_tokens=256, micro_batch=micro_batch)

@@ -143,10 +143,25 @@ def test_the_best_checkpoint_stays(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     full.close(6)
     assert there == [2, 5], "4 has made room before 6 was written"
+    monkeypatch.undo()
+
+    def delete(path, missing_ok=False):
+        if path.suffix == ".pt":
+            raise PermissionError("another program has it open")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", delete)
+        full.save(7)
+        assert full.writing.result() == "", "the new one is whole, whatever happens to older ones"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     monkeypatch.setattr(
         torch, "save", Mock(side_effect=RuntimeError("enforce fail: unexpected pos"))
     )
-    assert "0000007.pt NOT written: the disk has only 0.00 GB left" in full.close(7)
+    assert "0000008.pt NOT written: the disk has only 0.00 GB left" in full.close(8)
+    monkeypatch.setattr(checkpoint, "best", Mock(side_effect=OSError("stale file handle")))
+    full.save(9)
+    full.save(10)  # the failed write does not end the run
+    assert "stale file handle" in full.writing.result()
 
 
 def test_resume_takes_settings_from_the_checkpoint(quiet):
@@ -197,8 +212,9 @@ def test_damaged_checkpoints(quiet, capsys):
     for how, damaged in dict(truncated=half, empty=b"", flipped=flipped).items():
         folder = copy(quiet, f"damaged_{how}")
         (folder / "checkpoint_0000160.pt").write_bytes(damaged)
-        assert checkpoint.newest(folder)["step"] == 120
-        assert "checkpoint_0000160.pt is not a whole checkpoint" in capsys.readouterr().out
+        for read in (checkpoint.newest, lambda folder: checkpoint.load(str(folder))):
+            assert read(folder)["step"] == 120
+            assert "checkpoint_0000160.pt is not a whole checkpoint" in capsys.readouterr().out
     release_locks()
     for path in folder.glob("checkpoint_*.pt"):
         path.write_bytes(half)
@@ -209,15 +225,16 @@ def test_damaged_checkpoints(quiet, capsys):
 
 def test_divergence_stops_before_the_update(quiet):
     """A loss that is not finite: one line with the step, and the last good checkpoint stays."""
-    flags = ["--learning_rate", 1e30, "--min_lr_ratio", 1, "--grad_clip", 0]
-    flags += ["--checkpoint_every", 1, "--out_dir", "diverged"]
-    done = run(quiet, *RUN, *flags)
+    folder = copy(quiet, "diverged")
+    flags = ["--learning_rate", 1e30, "--min_lr_ratio", 1, "--grad_clip", 0, "--max_steps", 170]
+    done = run(quiet, "--resume", "--checkpoint_every", 1, "--out_dir", "diverged", *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
-    newest = max((quiet / "diverged").glob("checkpoint_*.pt"))
+    newest = max(folder.glob("checkpoint_*.pt"))
     assert "at step" in line and newest.name in line and "--resume" in line
     step = int(line.split("at step ")[1].split(";")[0])
-    assert torch.load(newest, weights_only=True)["step"] <= step
+    assert torch.load(newest, weights_only=True)["step"] == step - 1
+    assert (folder / f"checkpoint_{step:07d}.bad").exists(), "its weights are not good"
 
 
 def test_full_disk(quiet):

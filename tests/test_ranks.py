@@ -75,18 +75,23 @@ def test_four_ranks_continue_what_two_began(quiet):
     np.testing.assert_allclose(losses(folder), losses(quiet / "quiet"), rtol=1e-6)
 
 
-def test_ranks_that_found_different_checkpoints_are_refused(quiet):
-    """Two machines without a shared --out_dir: each rank finds its own newest checkpoint."""
+def test_ranks_that_found_different_files_are_refused(quiet):
+    """Two machines without a shared --out_dir: each rank finds its own newest checkpoint. Or one
+    has all the data, and the other a part."""
     script = quiet / "apart.py"
     script.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "import train_gpt2\nfrom support.command import run_command\n"
-        "out = ['--out_dir', 'mine' + os.environ['RANK'], '--resume']\n"
-        "run_command('x', lambda: train_gpt2.main(sys.argv[1:] + out))\n"
+        "mine = [word + os.environ['RANK'] * (word in ('mine', 'text')) for word in sys.argv[1:]]\n"
+        "run_command('x', lambda: train_gpt2.main(mine))\n"
     )
     for name in ("mine0", "mine1"):
         shutil.copytree(quiet / "quiet", quiet / name)
     (quiet / "mine1/checkpoint_0000060.pt").unlink()
-    done = run(quiet, "--device", "cpu", script=script, processes=2)
-    assert done.returncode != 0
-    assert done.stderr.count("x: the ranks found different checkpoints") == 1, done.stderr
+    for name, words in (("text0", 20_000), ("text1", 10_000)):
+        (quiet / name).write_text("word " * words)
+    for flags in (["--out_dir", "mine", "--resume"], [*TINY, "--data", "text", "--out_dir", "new"]):
+        done = run(quiet, *flags, "--device", "cpu", script=script, processes=2)
+        assert done.returncode != 0
+        assert done.stderr.count("x: the ranks found different checkpoints or data") == 1, flags
+        assert not (quiet / "new").exists()

@@ -43,10 +43,10 @@ import hellaswag
 from support import shards
 
 # What differs between the two sizes: the flags, the steps, tokens in a shard, the disk of night/.
-FULL = "--n_layer 6 --n_head 6 --n_embd 384 --seq_len 256 --batch_tokens 2048 --val_tokens 16384"
+FULL = "--n_layer 4 --n_head 4 --n_embd 256 --seq_len 256 --batch_tokens 2048 --val_tokens 16384"
 SMALL = "--n_layer 2 --n_head 2 --n_embd 32 --seq_len 64 --batch_tokens 512 --val_tokens 4096"
 SIZES = {
-    "full": (f"{FULL} --warmup_tokens 50000", 400, 250_000, "1500M"),
+    "full": (f"{FULL} --warmup_tokens 50000", 400, 250_000, "900M"),
     "small": (f"{SMALL} --warmup_tokens 10000 --no-compile", 400, 20_000, "100M"),
 }
 # Four micro-steps on each of two ranks.
