@@ -143,6 +143,8 @@ def test_any_logged_value_is_drawn_and_smoothed_around_its_steps(tmp_path):
 
 def test_the_command_draws_a_real_run_and_refuses_what_is_none(tmp_path, monkeypatch):
     run(tmp_path, *TINY, "--val_every", 2, "--val_tokens", 160)
+    with open(tmp_path / "log/metrics.jsonl", "ab") as file:
+        file.write(b'\0\xff\n{"kind": "val", "st')  # after a power cut, and while it grows
     flags = ["--y", "loss", "lr", "bits_per_byte", "--x", "hours", "--mark", "2=killed"]
     done = run(tmp_path, "log", *flags, script="plot.py")
     assert done.returncode == 0 and done.stdout == "wrote curve.png\n", done.stderr

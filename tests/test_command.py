@@ -132,6 +132,10 @@ def test_eval_only(folder, command):
     done = command("--eval_only", "--resume", "--out_dir", "trained")
     assert f"validation loss {expected}" in done.stdout
     assert not (folder / "unused").exists()  # nothing is recorded
+    command("--init_from", "trained", "--seq_len", 8, "--val_every", 4, "--out_dir", "shorter")
+    done = run(folder, *flags, "shorter")  # looks back as far as its run did
+    expected = f"{records(folder / 'shorter', 'val')[-1]['loss']:.4f}"
+    assert f"validation loss {expected}" in done.stdout
 
 
 def test_published_names_and_texts(folder, command):

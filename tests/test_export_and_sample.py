@@ -53,6 +53,7 @@ def test_others_load_the_folder(folder, model):
         ids = shards.encode(text, end_of_text=True).tolist()
         assert tokenizer(text).input_ids == ids and tokenizer.decode(ids) == text
     back = GPT.from_pretrained(path)
+    assert not (model.training or back.training), "dropout, if somebody adds it, is off"
     tokens = torch.randint(50257, (3, 24))
     with torch.no_grad():
         logits = model(tokens)[..., :50257]

@@ -84,7 +84,7 @@ def saver(folder, epoch_sequences=50) -> checkpoint.Saver:
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
-    """Other data, or a run that is over: the checkpoint is not loaded."""
+    """Other data, a run that is over, another program: the checkpoint is not loaded."""
     saver(tmp_path).close(7)
     saved = checkpoint.newest(tmp_path)
     saver(tmp_path).restore(saved, steps=7)
@@ -92,6 +92,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
         saver(tmp_path, epoch_sequences=51).restore(saved, steps=7)
     with pytest.raises(UserError, match="from step 7, but this run ends at step 6"):
         saver(tmp_path).restore(saved, steps=6)
+    del saved["model"]
+    with pytest.raises(UserError, match="the checkpoint has no model"):
+        saver(tmp_path).restore(saved, steps=7)
 
 
 def test_records_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The long night, by `python -m pytest -m soak`: kills, rivals, signals, and a rehearsal."""
+"""The long night, by `python -m pytest -m soak`: kills, signals, and a rehearsal."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from helpers import ROOT, TINY, losses, run, start
+from helpers import ROOT, TINY, run, start
 from night import RECIPE, facts, night, recorded, wait_for
 
 pytestmark = pytest.mark.soak
@@ -48,40 +48,6 @@ def test_twenty_kills(tmp_path):
         process.communicate()
     assert run(tmp_path, *DEMO, "--out_dir", "killed", "--resume").returncode == 0
     assert facts(tmp_path / "killed") == facts(tmp_path / "quiet")
-
-
-def test_rivals(tmp_path):
-    """A run has one owner: of two processes one is refused, twenty times. Nothing is lost."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    endless = ["--max_steps", 100_000, "--min_lr_ratio", 1]  # the rate does not depend on the end
-    flags = [*DEMO, *endless, "--resume", "--out_dir"]
-    dice = random.Random(0)
-    owner = night(tmp_path, *flags, "run")
-    for _ in range(20):
-        newest = sorted(folder.glob("checkpoint_*.pt"))[-1:]
-        time.sleep(dice.uniform(0, 5))
-        rival = night(tmp_path, *flags, "run")
-        while owner.poll() is None and rival.poll() is None:
-            time.sleep(0.1)
-        if rival.poll() is None:  # it was faster
-            owner, rival = rival, owner
-        said = rival.communicate()[0]
-        assert rival.returncode == 2 and len(said.splitlines()) == 1, said
-        assert f"run belongs to a run that is not over: process {owner.pid} on " in said
-        assert sorted(folder.glob("checkpoint_*.pt"))[-1:] >= newest, "a checkpoint is lost"
-        if dice.random() < 0.4:
-            owner.kill()
-            owner.communicate()
-            owner = night(tmp_path, *flags, "run")
-    owner.kill()
-    owner.communicate()
-    steps = len(losses(folder)) + 10
-    for name in ("run", "quiet"):
-        process = night(tmp_path, *flags, name, "--max_steps", steps)
-        said = process.communicate()[0]
-        assert process.returncode == 0 and "NOT written" not in said, said
-    assert facts(folder) == facts(tmp_path / "quiet")
 
 
 def make_stand_in(path: Path) -> None:
