@@ -427,8 +427,8 @@ class Runtime:
 
 
 @functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
-def shuffled(size: int, seed: int | None, *key: int) -> np.ndarray:
-    """0 .. size - 1 in an order that depends on seed and key alone; seed None keeps the order."""
+def order_of(size: int, seed: int | None, *key: int) -> np.ndarray:
+    """0 .. size - 1, shuffled in a way that depends on seed and key alone; seed None: in order."""
     if seed is None:
         return np.arange(size)
     return np.random.default_rng((seed, *key)).permutation(size)
@@ -455,12 +455,12 @@ class DataLoaderLite:
     def sequence(self, g: int) -> np.ndarray:
         """Sequence g of the run -> (T + 1,) uint16."""
         epoch, left = divmod(g, self.epoch_sequences)
-        for number in shuffled(len(self.arrays), self.seed, epoch):
+        for number in order_of(len(self.arrays), self.seed, epoch):
             if left < self.counts[number]:  # it is in this shard
                 break
             left -= self.counts[number]  # it comes after this shard
         # 1 + number: to numpy, (seed, epoch, 0) is (seed, epoch), which orders the shards.
-        order = shuffled(self.counts[number], self.seed, epoch, 1 + number)
+        order = order_of(self.counts[number], self.seed, epoch, 1 + number)
         first = order[left] * self.seq_len
         array = self.arrays[number]
         return shards.check_ids(array[first : first + self.seq_len + 1], array)
