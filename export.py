@@ -10,11 +10,10 @@ Then, with no need of this project:
 
 from support import published
 from support.command import OneLineParser, run_command, say
+from train_gpt2 import GPT
 
 
 def main(argv: list[str] | None = None) -> None:
-    from train_gpt2 import GPT
-
     parser = OneLineParser("export.py", __doc__)
     add = parser.add_argument
     add(

@@ -285,8 +285,8 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
             break
         places, ids, owners = numbers[:, part]  # of the E tokens to predict in these R rows
         x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
-        logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, V)
-        losses = F.cross_entropy(logits, ids, reduction="none")  # (E, V) -> (E,)
+        logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, 50257)
+        losses = F.cross_entropy(logits, ids, reduction="none")  # -> (E,)
         sums.index_add_(0, owners, -losses)
     return sums.view(-1, 4).cpu()
 

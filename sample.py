@@ -15,6 +15,7 @@ import torch
 
 from support import checkpoint, shards
 from support.command import OneLineParser, UserError, run_command, say
+from train_gpt2 import Runtime, build, generate
 
 
 def show_as_drawn():
@@ -37,8 +38,6 @@ def show_as_drawn():
 
 
 def main(argv: list[str] | None = None) -> None:
-    from train_gpt2 import Runtime, build, generate
-
     parser = OneLineParser("sample.py", __doc__)
     add = parser.add_argument
     models = "an --out_dir (its newest checkpoint), --out_dir/best (its best), a checkpoint, a"

@@ -6,8 +6,8 @@ banner names the chapters of the lecture that it covers.
 
     python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
-    python train_gpt2.py --preset gpt2                      # one GPU (5 hours on an H200)
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py  # eight GPUs
+    python train_gpt2.py --preset gpt2                      # one GPU (an H200: about 5 hours)
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2    # eight GPUs
     python sample.py --model log --prompt "Once upon a time"  # text by the model of a run
 
 Contents: 1. the network, 2. sampling, 3. settings, 4. the machine, 5. the data, 6. the optimizer
@@ -63,7 +63,7 @@ class GPTConfig:
 
     seq_len: int = setting(1024, "tokens per sequence", least=1)  # T: how far the model looks back
     # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128. Kernels load 16 bytes at a time, 8 numbers in
-    # bfloat16. With rows of 50,257 logits, only every eighth row starts at such a place.
+    # bfloat16. With rows of 50,257 logits, only every eighth row starts at a multiple of that.
     vocab_size: int = setting(50304, "vocabulary, with padding", least=shards.VOCAB_SIZE)
     n_layer: int = setting(12, "number of layers", least=1)  # L
     n_head: int = setting(12, "attention heads per layer", least=1)  # H
@@ -88,7 +88,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) -> (B, T, 3C) -> three of (B, T, C)
         shape = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
-        q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))  # (B, T, C) -> (B, H, T, D)
+        q, k, v = (z.view(shape).transpose(1, 2) for z in (q, k, v))  # (B, T, C) -> (B, H, T, D)
         # softmax(q k^T / sqrt(D) + mask) v; the mask is -inf for later tokens (plain_attention in
         # bench.py). A sum of D products grows like sqrt(D); dividing by it keeps the softmax soft.
         # FlashAttention (2022) goes tile by tile and never stores the (B, H, T, T) scores.
@@ -127,7 +127,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: a decoder-only transformer with LayerNorm before each sublayer (GPT-2 paper, 2.3).
 
-    The parameters have the published checkpoint's names, so its weights load directly.
+    The parameters have the published names. support/published.py transposes OpenAI's matrices.
     """
 
     def __init__(self, config: GPTConfig):
@@ -153,9 +153,9 @@ class GPT(nn.Module):
         """Initialize the weights from torch's global generator (see torch.manual_seed).
 
         weight                      standard deviation   why
-        of Linear and Embedding     0.02                 GPT-2's code; of the order of 1 / sqrt(C),
-                                                         which would keep a layer's output as large
-                                                         as its input (0.036 for 124M)
+        of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C) = 0.036, at
+                                                         which a layer's output is as large as its
+                                                         input
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add to the
                                                          stream, and its variance should not grow
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
@@ -163,7 +163,7 @@ class GPT(nn.Module):
         standard deviation 1, the first loss was 434.6 instead of about 11.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # that is wte's
+            if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # wte has it
                 scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
                 module.weight.normal_(mean=0.0, std=0.02 * scale)
                 if isinstance(module, nn.Linear) and module.bias is not None:
@@ -173,8 +173,8 @@ class GPT(nn.Module):
         """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
-        # Under bfloat16 autocast, what the blocks add is bfloat16. On a GPU the stream is, too: not
-        # in the lecture, but half the memory traffic, and 4% faster on an H200.
+        # Autocast (section 4) makes what the blocks add bfloat16. On a GPU we make the stream so,
+        # too: not in the lecture, but half the memory traffic, and 4% faster on an H200.
         x = x.bfloat16() if machine.bfloat16_stream(x.device.type) else x
         for block in self.transformer.h:
             x = block(x)
@@ -195,7 +195,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits
-        # A softmax over 50,304 logits needs float32. (Autocast would do this, too.)
+        # A softmax over 50,304 logits needs float32.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @staticmethod
@@ -208,7 +208,7 @@ class GPT(nn.Module):
 
 
 def build(sizes: dict, weights: dict) -> GPT:
-    return checkpoint.load_weights(GPT(GPTConfig(**sizes)), weights).eval()
+    return checkpoint.load_weights(GPT(GPTConfig(**sizes)), weights).eval()  # until .train()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,8 +232,8 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
     tokens = torch.tensor(prompt, device=device).repeat(samples, 1)  # (T) -> (B, T)
     for _ in range(max_new_tokens):
         x = model.hidden(tokens[:, -model.config.seq_len :])[:, -1]  # (B, T) -> (B, T, C) -> (B, C)
-        logits = model.logits(x) / temperature  # (B, C) -> (B, V)
-        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, V) -> (B, K)
+        logits = model.logits(x) / temperature  # (B, C) -> (B, 50257)
+        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, 50257) -> (B, K)
         choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
         tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # -> (B, T + 1)
         if show:
@@ -252,7 +252,7 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
     """The model's sizes, and how to train it. The defaults are the lecture's. Batch, warmup and
-    validation are in tokens, so they mean the same on any number of GPUs."""
+    validation are in tokens, so they mean the same with sequences of any length."""
 
     preset: str = setting("", "what to start from; other flags override it", group="run")
     out_dir: str = setting("log", "folder for metrics.jsonl and the checkpoints")
@@ -263,7 +263,7 @@ class TrainConfig(GPTConfig):
 
     data: str = setting(str(HERE / "edu_fineweb10B"), "folder of shards, or a text", group="data")
     epochs: float = setting(1.0, "passes over the training data")  # the lecture
-    max_steps: int = setting(0, "number of steps, whatever --epochs is; 0: as many as it needs")
+    max_steps: int = setting(0, "number of steps, whatever --epochs is; 0: as --epochs says")
     batch_tokens: int = setting(2**19, "tokens per step", least=1)  # GPT-3 paper, table 2.1: 0.5M
     micro_batch: int = setting(0, "sequences per forward pass on a device; 0: by memory")
 
@@ -311,10 +311,10 @@ PRESETS = {
                  sample_every=500, hellaswag_every=0, data=str(HERE / "input.txt"), compile=False),
 }  # fmt: skip
 SIZES = tuple(size.name for size in fields(GPTConfig))
-FIXED = (*SIZES, "preset", "batch_tokens", "seed", "optimizer")  # what --resume cannot change
+FIXED = {*SIZES, "preset", "batch_tokens", "seed", "optimizer"}  # what --resume cannot change
 
 
-def make_config(flags: dict, loaded: dict, fixed) -> TrainConfig:
+def make_config(flags: dict, loaded: dict, fixed: set[str]) -> TrainConfig:
     """Merge all settings; flags may not contradict the `fixed` ones among those loaded."""
     guess = "gpt2" if shards.list_shards(HERE / "edu_fineweb10B", "train") else "demo"
     given = flags.get("preset") or loaded.get("preset")
@@ -357,8 +357,8 @@ class Runtime:
             raise UserError("set all of RANK, LOCAL_RANK and WORLD_SIZE, as torchrun does, or none")
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
         self.stop = Stop()  # true after a signal to this rank
-        self.all_stop = False  # true after a signal to any rank: all find out in the next `sum`
-        self.device = machine.open_device(device, self.local_rank)  # each process has its own GPU
+        self.all_stop = False  # true after a signal to any rank: each call of self.sum finds out
+        self.device = machine.open_device(device, self.local_rank)
         self.device_type = self.device.type
         # bfloat16 where it is fast, float16 on GPUs before Ampere (2020), float32 elsewhere.
         self.dtype = machine.choose_dtype(dtype, self.device)
@@ -400,14 +400,13 @@ class Runtime:
         return self.least(value) == -self.least(-value)  # the smallest and the largest
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
         self.least(0)
 
     def close(self) -> None:
         """End the run; with several ranks, end this process."""
         if self.world > 1:
             dist.destroy_process_group()
-            # A normal exit may deadlock: freeing DDP joins gloo's threads while holding the GIL.
+            # A normal exit may hang: freeing DDP waits for threads that wait for Python's lock.
             os._exit(0)
 
     def to_device(self, tokens):
@@ -422,8 +421,7 @@ class Runtime:
 # --------------------------------------------------------------------------------------------------
 # fineweb.py writes shards of 10^8 tokens. A sequence is T = 1024 tokens and one more, since each
 # token's target is the next one. So a shard has (10^8 - 1) // 1024 = 97,656 sequences; the 99
-# training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512. (The lecture
-# takes 10^10 / 2^19 = 19,073 steps, more than it has data for.)
+# training shards, the last of them shorter, have 9,623,011, or 18,794 steps of 512.
 
 
 @functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
@@ -440,7 +438,7 @@ class DataLoaderLite:
     So ranks cannot drift apart, resuming takes only the step, and the batches are the same for any
     number of ranks and any micro-batch.
 
-    Sequence i of a shard is its T + 1 tokens from i T on: the first T are the inputs, the last T
+    Sequence i of a shard is T + 1 tokens from i * T on: the first T are the inputs, the last T
     the targets. Sequence g of the run is in epoch g // epoch_sequences. Every epoch shuffles the
     shards, and the sequences within each shard. Seed None keeps the files' order.
     """
@@ -459,7 +457,7 @@ class DataLoaderLite:
             if left < self.counts[number]:  # it is in this shard
                 break
             left -= self.counts[number]  # it comes after this shard
-        # 1 + number: to numpy, (seed, epoch, 0) is (seed, epoch), which orders the shards.
+        # 1 + number: numpy takes (seed, epoch, 0) for (seed, epoch), which has ordered the shards.
         order = order_of(self.counts[number], self.seed, epoch, 1 + number)
         first = order[left] * self.seq_len
         array = self.arrays[number]
@@ -473,10 +471,10 @@ class DataLoaderLite:
         """This rank's part of a step -> (micro-steps, B, T + 1) int64. A thread calls it ahead of
         time, so it must not use torch's generator: draw from (seed, step) if you need randomness.
 
-        A step has N = batch_tokens / T sequences, and step s starts at s N. Micro-step m of rank r
-        takes B of them, from offset (m world + r) B.
+        A step has N = batch_tokens / T sequences, and step s starts at s * N. Micro-step m of rank
+        r takes B of them, from (m * world + r) * B on.
         """
-        N, B = config.batch_tokens // self.seq_len, config.micro_batch
+        N, B = config.batch_tokens // self.seq_len, config.micro_batch  # not 0: main has chosen it
         starts = range(step * N + runtime.rank * B, (step + 1) * N, runtime.world * B)
         return torch.stack([self.sequences(range(g, g + B)) for g in starts])
 
@@ -485,8 +483,8 @@ class DataLoaderLite:
 # 6. The optimizer and its schedule (2:14:55 AdamW; 2:21:06 warmup and cosine; 2:26:21 decay, fused)
 # --------------------------------------------------------------------------------------------------
 # AdamW keeps two running averages for each parameter: of its gradient and of the gradient's square.
-# It steps by the first over the root of the second, so every parameter moves by the learning rate
-# or less, however large its gradients are. The averages are unreliable at first, hence the warmup.
+# It steps by the first over the root of the second, so every parameter moves by about the learning
+# rate or less, however large its gradients are. They are unreliable at first, hence the warmup.
 # Weight decay pulls each weight toward 0, so the model does not lean on a few large ones. Two
 # averages, the weight and its gradient are 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
 
@@ -535,7 +533,7 @@ def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The training step (2:14:55 gradient clipping; 2:34:09 gradient accumulation; 2:46:52 DDP)
+# 7. The training step (0:56:42 one step; 2:14:55 clipping; 2:34:09 accumulation; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
 # Half a million tokens do not fit on a GPU, so a step adds up the gradients of micro-batches.
 # Beware of the mean: four losses a, b, c, d have the mean (a + b + c + d) / 4, but four backward
@@ -574,9 +572,9 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
             state.scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for optimizer in state.optimizers.values():
-        state.scaler.unscale_(optimizer)
+        state.scaler.unscale_(optimizer)  # before the norm is taken
         for group in optimizer.param_groups:
-            group["lr"] = lr  # the same for all groups
+            group["lr"] = lr
     # One bad batch should not throw the model off, so the gradient's norm is capped.
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     # So far Python has only queued work; here it waits for the GPU. So timing a step needs no
@@ -616,7 +614,7 @@ def validate(model, loader, config, runtime) -> dict | None:
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         tokens = rows[:, 1:].numel()
         count += tokens
-        # Another shape would be compiled again, so fewer rows get more: cross_entropy ignores -100.
+        # The last batch is padded to B rows, or it would be compiled again. The loss ignores -100.
         rows = runtime.to_device(F.pad(rows, (0, 0, 0, B - len(rows)), value=-100))  # (B, T + 1)
         with runtime.autocast():
             nats += model(rows[:, :-1].clamp(min=0), rows[:, 1:]) * tokens
@@ -637,8 +635,8 @@ def sample(model, config, step, max_new_tokens, runtime) -> dict | None:
 
 
 def score_hellaswag(model, examples, runtime) -> dict | None:
-    """Each ending is appended to its context. Its score is the mean log-probability of its own
-    tokens; the best of four is the answer. Each rank scores its share of the examples."""
+    """Each ending is appended to its context. Its score is the log-probability of its own tokens,
+    their sum (acc) or mean (acc_norm). The best of four is the answer. Each rank scores a share."""
     with runtime.autocast():
         mine = examples[runtime.rank :: runtime.world]
         counts = hellaswag.count_right(model, mine, runtime.stop)
@@ -663,19 +661,21 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
     if not saved and not flags.get("init_from"):
         if flags.get("eval_only"):
             raise UserError("--eval_only needs --init_from, or --resume and a checkpoint")
-        config = make_config(flags, {}, ())
+        config = make_config(flags, {}, set())
         torch.manual_seed(config.seed)
         return config, GPT(GPTConfig(**config.sizes())), None
     content = saved or checkpoint.load(flags["init_from"])
     network, settings = content["network"], content["settings"]
-    if saved:  # a new --epochs cancels the old --max_steps
-        loaded, fixed = network | settings | ({"max_steps": 0} if "epochs" in flags else {}), FIXED
-    else:  # the model's sizes, though it may look back less far; for --eval_only all settings
-        loaded = network | settings if flags.get("eval_only") else network
-        may_change = {"seq_len"} if flags.get("seq_len", 0) <= network["seq_len"] else set()
-        fixed = network.keys() - may_change
+    if saved:
+        loaded, fixed = network | settings, FIXED
+        if "epochs" in flags:  # it wins over the --max_steps of before
+            loaded["max_steps"] = 0
+    else:  # the model's sizes; --eval_only takes all settings
+        loaded, fixed = network | (settings if flags.get("eval_only") else {}), set(network)
+        if flags.get("seq_len", 0) <= network["seq_len"]:  # it may look back less far
+            fixed.remove("seq_len")
     config = make_config(flags, loaded, fixed)
-    # The checkpoint lacks sizes that you have added to GPTConfig since.
+    # The network keeps its sizes, all its positions among them; config has those you added since.
     return config, build(config.sizes() | network, content["model"]), saved
 
 
@@ -698,17 +698,17 @@ def main(argv: list[str] | None = None) -> None:
         return runtime.close()
     examples = []
     if config.hellaswag_every:
-        examples = hellaswag.load_examples(runtime.local_rank == 0, runtime.barrier)
+        examples = hellaswag.load_examples(runtime.local_rank == 0, wait=runtime.barrier)
     steps = count_steps(config, loader.epoch_sequences)
 
     # What trains it, and what the run leaves behind.
     compiled = machine.can_compile(config.compile, runtime.device)
-    if compiled:  # only model(x); model.forward(x) and model.hidden(x) stay eager
+    if compiled:  # only model(x): samples and HellaSwag, whose shapes change, call model.hidden
         model.compile(dynamic=False)
     micro_batch = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
     micro_batch = runtime.least(micro_batch)  # another rank may have less free memory
     header = describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
-    config = replace(config, micro_batch=micro_batch)  # not in the header: --resume chooses anew
+    config = replace(config, micro_batch=micro_batch)  # the header's stays 0: --resume chooses anew
     state = TrainState(model, config, runtime)
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
     saver.restore(saved, steps)
@@ -740,9 +740,9 @@ def main(argv: list[str] | None = None) -> None:
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
         loss, norm = train_step(state, batch, lr, config, runtime)
-        # In float16 an infinite norm is normal until the scale is down to 1. (Without, it is 1.)
+        # In float16 an infinite norm is normal until the scale is down to 1; elsewhere it is 1.
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
-            raise saver.diverged(step, loss, norm)
+            raise saver.give_up(step, loss, norm)
         seconds = time.perf_counter() - began
         speed = config.batch_tokens / seconds  # tokens per second
         mfu = machine.utilization(model, config.seq_len, speed / runtime.world, runtime.dtype)
@@ -757,4 +757,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command("train_gpt2.py", main, "try a smaller --micro_batch than the first lines name")
+    run_command("train_gpt2.py", main, if_out_of_memory="try half of the --micro_batch named above")

@@ -204,7 +204,7 @@ class Saver:
             raise UserError(f"{what}, but this run ends at step {steps}; raise --max_steps")
         for name, part in self.parts.items():
             if name not in saved:
-                raise UserError(f"the checkpoint has no {name}: it is another program's")
+                raise UserError(f"the checkpoint has no {name}: train_gpt2.py has changed since")
             state = saved[name]
             if "param_groups" in state:  # the current settings win
                 state["param_groups"] = part.state_dict()["param_groups"]
@@ -257,7 +257,7 @@ class Saver:
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint_{step:07d}.pt"
 
-    def diverged(self, step: int, loss: float, norm: float) -> UserError:
+    def give_up(self, step: int, loss: float, norm: float) -> UserError:
         """What to say of a loss that is not finite. A checkpoint with those weights is put aside,
         as *.bad: it was written before they were tried."""
         self.writing.result()  # it may still be on its way
