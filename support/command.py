@@ -108,9 +108,9 @@ def merge(config_class: type, presets: dict, preset: str, loaded: dict, flags: d
     """
     if preset not in presets:
         raise UserError(f"--preset {preset}: choose from {', '.join(presets)}")
-    for name in fixed:
-        if name in flags and flags[name] != loaded.get(name, flags[name]):
-            what = f"--{name} {flags[name]}: what was loaded has {loaded[name]}"
+    for name, value in flags.items():
+        if name in fixed and value != loaded.get(name, value):
+            what = f"--{name} {value}: what was loaded has {loaded[name]}"
             raise UserError(f"{what}; leave the flag out, or start another run")
     settings = {**presets[preset], **loaded, **flags, "preset": preset}
     known = {}
