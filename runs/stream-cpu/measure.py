@@ -1,6 +1,6 @@
 """Train the demo with the residual stream in bfloat16 and in float32, three seeds each.
 
-    python runs/stream-cpu/measure.py > runs/stream-cpu/result.txt     # a quarter of an hour
+    python runs/stream-cpu/measure.py > runs/stream-cpu/result.txt
 
 Everything else is in bfloat16 autocast. train_gpt2.py has the stream in bfloat16 on a GPU alone;
 here `machine.bfloat16_stream` answers yes, or no, on the CPU. The metrics.jsonl of each run goes to
@@ -8,7 +8,6 @@ runs/stream-cpu/STREAM-SEED.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ def train(stream: str, seed: str, folder: str) -> None:
 
 
 def main() -> None:
-    print(f"{FLAGS}\n\n{'stream':10s} seed   validation loss at 100, 200, 300, 400   ms a step")
+    print(f"{FLAGS}\n\n{'stream':10s} seed   validation loss at 100, 200, 300, 400")
     for seed in SEEDS:
         for stream in ("float32", "bfloat16"):
             folder = Path(__file__).with_name(f"{stream}-{seed}")
@@ -40,9 +39,7 @@ def main() -> None:
             lines = (folder / "metrics.jsonl").read_text().splitlines()
             found = [json.loads(line) for line in lines]
             val = [record["loss"] for record in found if record["kind"] == "val"][1:]
-            took = statistics.median(r["step_ms"] for r in found if r["kind"] == "train")
-            losses = ", ".join(f"{loss:.4f}" for loss in val)
-            print(f"{stream:10s} {seed:4d}   {losses:38s} {took:11.0f}", flush=True)
+            print(f"{stream:10s} {seed:4d}   {', '.join(f'{x:.4f}' for x in val)}", flush=True)
 
 
 if __name__ == "__main__":
