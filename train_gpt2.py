@@ -553,7 +553,7 @@ class TrainState:
         self.ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
 
     def parts(self) -> dict:
-        """Everything that has a state_dict(), by its name in a checkpoint."""
+        """What has a state_dict(), by its name in a checkpoint; "model" is what others load."""
         return {"model": self.model, "scaler": self.scaler, **self.optimizers}
 
 

@@ -13,6 +13,7 @@ After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout)
 """
 
 import contextlib
+import hashlib
 import os
 import pickle
 import shutil
@@ -73,6 +74,16 @@ def read(path: Path) -> dict:
         return dict(content)
 
 
+def source() -> str:
+    """The SHA-256 of train_gpt2.py. A changed network may have weights with the same names."""
+    return hashlib.sha256((Path(__file__).parent.parent / "train_gpt2.py").read_bytes()).hexdigest()
+
+
+def warn_of_change(content: dict) -> None:
+    if content.get("source") not in (None, source()):
+        say("train_gpt2.py has changed since the checkpoint")
+
+
 def is_ours(content: dict) -> bool:
     return {"step", "network", "settings", "model"} <= content.keys()
 
@@ -93,6 +104,7 @@ def load(source: str) -> dict:
         return dict(network=sizes, model=weights, settings={})
     if path.is_file():
         content = read(path)
+        warn_of_change(content)
         return content if is_ours(content) else published.from_state_dict(content, path)
     lowest = best(folder)
     if folder == path:
@@ -103,6 +115,7 @@ def load(source: str) -> dict:
         raise UserError(f"{folder} has no checkpoint with a validation loss; try {folder}")
     other = f"; {folder}/best is {lowest.name}" if lowest not in (chosen, None) else ""
     say(f"model: {chosen}{other}")
+    warn_of_change(content)
     return content
 
 
@@ -215,8 +228,7 @@ class Saver:
         changed = {k: v for k, v in now.items() if k not in before or before[k] != v}
         if changed:
             say(f"changed on --resume: {changed}")
-        if saved.get("source") != self.header["source"]:
-            say("train_gpt2.py has changed since the checkpoint")
+        warn_of_change(saved)
         self.saved = saved["step"]
 
     def save(self, step: int) -> None:

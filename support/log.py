@@ -7,7 +7,6 @@ wherever the run was continued, and an `end` where it stopped. Each has its `tim
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -63,7 +62,7 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
         ),
         dtype=dtype,
         revision=git.stdout.strip() or None,  # None without git or a repository
-        source=hashlib.sha256((here.parent / "train_gpt2.py").read_bytes()).hexdigest(),
+        source=checkpoint.source(),
     )
 
 

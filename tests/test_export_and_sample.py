@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
             p.add_(0.1 * torch.randn_like(p))
     (folder / "log").mkdir()
     sizes, weights = dataclasses.asdict(model.config), model.state_dict()
-    content = dict(step=7, network=sizes, settings=dict(prompt=PROMPT), model=weights)
+    content = dict(step=7, network=sizes, settings=dict(prompt=PROMPT), model=weights, source="")
     torch.save(content, folder / "log/checkpoint_0000007.pt")
     done = run(folder, "log", "my-gpt2", script="export.py")
     assert (done.returncode, done.stderr) == (0, "")
@@ -85,8 +85,8 @@ def test_sample(folder, model):
         assert (done.returncode, done.stdout) == (0, greedy(model, 40) + "\n"), done.stderr
     done = run(folder, *flags[2:], "--samples", 3, "--seed", 5, script="sample.py")
     texts = done.stdout.removesuffix("\n").split("\n---\n")
-    prompt = shards.encode_prompt(PROMPT)
-    rows = generate(model, prompt, 40, samples=3, seed=5).tolist()
+    assert "train_gpt2.py has changed since the checkpoint" in done.stderr
+    rows = generate(model, shards.encode_prompt(PROMPT), 40, samples=3, seed=5).tolist()
     assert texts == [shards.decode(row) for row in rows] and len(set(texts)) == 3
     done = run(folder, "--model", "nothing", script="sample.py")
     one_line(done, "nothing is not a checkpoint.* gpt2-xl")
@@ -98,6 +98,7 @@ def test_text_appears_as_it_is_drawn(folder):
     process = start(folder, "--max_new_tokens", 100_000, script="sample.py")
     try:
         assert process.stdout.readline() == "model: log/checkpoint_0000007.pt\n"
+        assert "has changed" in process.stdout.readline()
         assert process.stdout.read(len(PROMPT) + 20).startswith(PROMPT)
         assert process.poll() is None
     finally:
