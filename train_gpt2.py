@@ -484,9 +484,9 @@ class DataLoaderLite:
 # --------------------------------------------------------------------------------------------------
 # AdamW keeps two running averages for each parameter: of its gradient and of the gradient's square.
 # It steps by the first over the root of the second, so every parameter moves by about the learning
-# rate or less, however large its gradients are. They are unreliable at first, hence the warmup.
-# Weight decay pulls each weight toward 0, so the model does not lean on a few large ones. Two
-# averages, the weight and its gradient are 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
+# rate or less, however large its gradients are. The averages are unreliable at first, hence the
+# warmup. Weight decay pulls each weight toward 0, so the model does not lean on a few large ones.
+# Averages, weight and gradient are 16 bytes per parameter: 2.0 GB for GPT-2 (124M).
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
@@ -708,7 +708,7 @@ def main(argv: list[str] | None = None) -> None:
     micro_batch = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
     micro_batch = runtime.least(micro_batch)  # another rank may have less free memory
     header = describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
-    config = replace(config, micro_batch=micro_batch)  # the header's stays 0: --resume chooses anew
+    config = replace(config, micro_batch=micro_batch)  # not in its settings: --resume chooses anew
     state = TrainState(model, config, runtime)
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
     saver.restore(saved, steps)

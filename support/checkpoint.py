@@ -104,17 +104,18 @@ def load(source: str) -> dict:
         return dict(network=sizes, model=weights, settings={})
     if path.is_file():
         content = read(path)
-        warn_of_change(content)
-        return content if is_ours(content) else published.from_state_dict(content, path)
-    lowest = best(folder)
-    if folder == path:
-        chosen, content = newest_whole(paths)
-    elif lowest:
-        chosen, content = lowest, read(lowest)
+        if not is_ours(content):
+            return published.from_state_dict(content, path)
     else:
-        raise UserError(f"{folder} has no checkpoint with a validation loss; try {folder}")
-    other = f"; {folder}/best is {lowest.name}" if lowest not in (chosen, None) else ""
-    say(f"model: {chosen}{other}")
+        lowest = best(folder)
+        if folder == path:
+            chosen, content = newest_whole(paths)
+        elif lowest:
+            chosen, content = lowest, read(lowest)
+        else:
+            raise UserError(f"{folder} has no checkpoint with a validation loss; try {folder}")
+        other = f"; {folder}/best is {lowest.name}" if lowest not in (chosen, None) else ""
+        say(f"model: {chosen}{other}")
     warn_of_change(content)
     return content
 
