@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
@@ -137,7 +138,11 @@ def on_signals(handler: Callable) -> None:
             signal.signal(number, handler)
 
 
+RECEIVED = set()  # the signals that came so far
+
+
 def stop_at_once(number, frame) -> None:
+    RECEIVED.add(number)
     raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}; nothing new was written")
 
 
@@ -166,6 +171,7 @@ class Stop:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped by a second Ctrl-C, without a checkpoint")
         first, self.signal = not self.signal, signal.Signals(number).name  # a second may come now
+        RECEIVED.add(number)
         if first and is_first_rank():
             text = "stopping after this step"
             if number == signal.SIGINT and "RANK" not in os.environ:  # torchrun passes on only one
@@ -178,10 +184,13 @@ def let_rank_0_speak() -> None:
     """Wait, on other ranks, before an error is reported.
 
     Most errors reach every rank, at least as a lost connection to rank 0. Rank 0 reports them, and
-    torchrun ends the others while they sleep here, by SIGTERM. A rank that wakes up failed alone.
+    torchrun ends the others by SIGTERM: before they come here, or while they sleep. A rank that
+    wakes up failed alone.
     """
     if not is_first_rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.SIGTERM in RECEIVED:
+            signal.raise_signal(signal.SIGTERM)
         time.sleep(5)
 
 
@@ -198,13 +207,15 @@ def run_command(name: str, main: Callable, if_out_of_memory="") -> None:
     except UserError as error:
         message = str(error)
     except Exception as error:
-        if not is_out_of_memory(error):
-            let_rank_0_speak()
+        if is_out_of_memory(error):
+            message = f"out of memory; {if_out_of_memory}"
+        elif "RANK" in os.environ:
+            message, status = f"an error in the program\n{traceback.format_exc()}", 1
+        else:
             raise
-        message = f"out of memory; {if_out_of_memory}"
     let_rank_0_speak()
     with contextlib.suppress(OSError):  # stderr may be on the disk that is full
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:  # torchrun sets it
-        os._exit(status)  # a normal exit may hang here: see Runtime.close in train_gpt2.py
+        os._exit(status)  # a normal exit may wait for other ranks: see Runtime.close
     sys.exit(status)

@@ -75,6 +75,27 @@ def test_four_ranks_continue_what_two_began(quiet):
     np.testing.assert_allclose(losses(folder), losses(quiet / "quiet"), rtol=1e-6)
 
 
+def test_an_unexpected_error_ends_a_rank_at_once(tmp_path):
+    """Under nccl a normal exit waits for the other ranks, and they for it. A rank that torchrun has
+    told to end, because another one failed, ends without a word."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, threading, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from support.command import Stop, run_command\n"
+        "threading.Thread(target=time.sleep, args=(3600,)).start()\n"
+        "def main():\n"
+        "    if 'listen' in sys.argv: Stop().listen()\n"
+        "    os.kill(os.getpid(), 15 * int(os.environ['RANK']))\n"
+        "    1 / 0\n"
+        "run_command('x', main)\n"
+    )
+    done = run(tmp_path, script=script, RANK="0")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    for flags in ([], ["listen"]):
+        done = run(tmp_path, *flags, script=script, RANK="1")
+        assert (done.returncode, done.stderr) == (-signal.SIGTERM, ""), flags
+
+
 def test_ranks_that_found_different_files_are_refused(quiet):
     """Two machines without a shared --out_dir: each rank finds its own newest checkpoint. Or one
     has all the data, and the other a part."""
