@@ -702,8 +702,8 @@ def main(argv: list[str] | None = None) -> None:
     steps = count_steps(config, loader.epoch_sequences)
 
     # What trains it, and what the run leaves behind.
-    compiled = machine.can_compile(config.compile, runtime.device)
-    if compiled:  # only model(x): samples and HellaSwag, whose shapes change, call model.hidden
+    compiled = bool(runtime.least(machine.can_compile(config.compile, runtime.device)))
+    if compiled:  # model(...) alone: samples and HellaSwag, of many shapes, call model.hidden
         model.compile(dynamic=False)
     micro_batch = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
     micro_batch = runtime.least(micro_batch)  # another rank may have less free memory

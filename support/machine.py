@@ -7,6 +7,7 @@ import ctypes
 import platform
 import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -40,6 +41,8 @@ PEAK_TFLOPS = {
     "V100": 125,
     "T4": 65,
 }
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # on Linux
 
 
 def device_name(device: torch.device) -> str:
@@ -88,6 +91,8 @@ def open_device(name: str, local_rank: int) -> torch.device:
         name = "cuda"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if NVIDIA_DRIVER.exists():
+            say("torch cannot use the NVIDIA GPU that is here; --device cuda says why")
     with explain(f"--device {name} cannot be used"):
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         if device.type == "cuda":

@@ -77,6 +77,15 @@ def test_flops_per_token():
     assert machine.flops_per_token(model, 1024) == pytest.approx(counted, rel=1e-3)
 
 
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, tmp_path, capsys):
+    """As with a driver that is too old for torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for driver, said in ((tmp_path, "torch cannot use the NVIDIA GPU"), (tmp_path / "no", "")):
+        monkeypatch.setattr(machine, "NVIDIA_DRIVER", driver)
+        assert machine.open_device("auto", 0).type == "cpu"
+        assert capsys.readouterr().out[: len(said) or None] == said
+
+
 def test_ranks_share_a_micro_batch_and_the_speed(tmp_path):
     """Of 8 sequences a step, 4 fit on rank 0 at once, and 2 on rank 1."""
     make_shards(tmp_path / "shards")
@@ -85,7 +94,7 @@ def test_ranks_share_a_micro_batch_and_the_speed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"shape_{rank}").read_text() for rank in (0, 1)] == 2 * ["[2, 2, 17]"]
     [header] = records(tmp_path / "log", "header")
-    assert header["micro_batch"] == 2
+    assert header["micro_batch"] == 2 and not header["compiled"]  # rank 1 has no compiler
     C, V, T = 16, 50304, 16
     flops = 6 * (12 * C**2 + 15 * C + V * C) + 12 * C * T  # the formula, for TINY's one layer
     for record in records(tmp_path / "log", "train"):
@@ -103,6 +112,7 @@ def train_on_a_rank() -> None:
 
     train_gpt2.train_step = note
     machine.choose_micro_batch = lambda *args: {"0": 4, "1": 2}[rank]
+    machine.can_compile = lambda *args: rank == "0"
     machine.device_name = lambda device: "Tesla T4"
     train_gpt2.main([*TINY, *sys.argv[1:]])
 
