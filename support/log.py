@@ -41,8 +41,8 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
     say(
         f"{count:,} parameters, {'compiled (at the first step)' if compiled else 'eager'}, on"
         f" {runtime.world} x {runtime.device_type} in {dtype}\n"
-        f"{steps:,} steps of {config.batch_tokens:,} tokens, {micro_batch} sequences of"
-        f" {config.seq_len} at a time\n"
+        f"{steps:,} steps of {config.batch_tokens:,} tokens, --micro_batch {micro_batch}: sequences"
+        f" of {config.seq_len} at a time\n"
         f"{passes:.2g} passes over {tokens:,} tokens\n"
         f"warmup: {warmup:,} steps{shortened}"
     )
@@ -75,6 +75,8 @@ def text_of(kind: str, values: dict) -> str:
         return f"hellaswag acc {v['acc']:.4f} | acc_norm {v['acc_norm']:.4f}"
     if kind == "sample":
         return "samples\n" + "\n---\n".join(v["texts"]) + "\n---"
+    if kind != "train":  # one that you added
+        return kind + "".join(f" | {name} {value}" for name, value in v.items())
     speed = v["tokens_per_second"]
     speed = f"{speed / 1000:.0f}k" if speed >= 1e5 else f"{speed:,.0f}"
     line = f"loss {v['loss']:.4f} | norm {v['grad_norm']:.2f} | {speed} tok/s"

@@ -84,8 +84,9 @@ def test_what_a_run_came_to(tmp_path, clock, capsys):
     two("val", 4, dict(loss=2.5, bits_per_byte=1.0))
     two("hellaswag", 4, dict(acc=0.25, acc_norm=0.2990))
     two("sample", 4, dict(texts=["one\ntext", "another"]))
+    two("one of yours", 4, dict(value=1.5))
     (tmp_path / "checkpoint_0000004.pt").touch()
-    capsys.readouterr()
+    assert "one of yours | value 1.5\n" in capsys.readouterr().out
     two.close(4, "")
     said = capsys.readouterr().out.splitlines()
     (end,) = records(tmp_path, "end")
