@@ -262,32 +262,31 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
     longest = len(rows[0][1] + rows[0][2])
     at_once = max(1, BATCH_TOKENS[device.type] // longest)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # padded on the right
-    # For each token of an ending: where in its batch it is predicted, its id, its ending's number.
-    places, ids, owners = [], [], []
-    batches = []  # its first row, its T, its part of the three lists
+    # Each token of an ending: the place in its batch that predicts it, its id, its ending's number
+    entries = []
+    batches = []  # its first row, its T, its part of the entries
     for first in range(0, len(rows), at_once):
         batch = rows[first : first + at_once]
         T = len(batch[0][1] + batch[0][2]) - 1  # the last token is predicted, but not read
-        begin = len(ids)
+        begin = len(entries)
         for r, (number, context, ending) in enumerate(batch):
             row = context + ending
             tokens[first + r, : len(row)] = torch.tensor(row)
-            places += range(r * T + len(context) - 1, r * T + len(row) - 1)
-            ids += ending
-            owners += [number] * len(ending)
-        batches.append((first, T, slice(begin, len(ids))))
+            place = r * T + len(context) - 1  # the context's last token predicts the ending's first
+            entries += [(place + i, token, number) for i, token in enumerate(ending)]
+        batches.append((first, T, slice(begin, len(entries))))
     tokens = tokens.to(device)
-    numbers = torch.tensor([places, ids, owners]).to(device)
+    entries = torch.tensor(entries).to(device)
 
     sums = torch.zeros(len(rows), device=device)
     for first, T, part in progress(batches, "HellaSwag"):
         if stop:
             break
-        places, ids, owners = numbers[:, part]  # of the E tokens to predict in these R rows
+        places, ids, numbers = entries[part].T  # of the E tokens to predict in these R rows
         x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
         logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, 50257)
         losses = F.cross_entropy(logits, ids, reduction="none")  # -> (E,)
-        sums.index_add_(0, owners, -losses)
+        sums.index_add_(0, numbers, -losses)
     return sums.view(-1, 4).cpu()
 
 
