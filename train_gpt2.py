@@ -4,7 +4,7 @@ It follows the lecture "Let's reproduce GPT-2 (124M)" (https://www.youtube.com/w
 Read it from top to bottom: each section uses only what comes before it, and what it imports. Its
 banner names the chapters of the lecture that it covers.
 
-    python train_gpt2.py                                    # a laptop: Shakespeare in three minutes
+    python train_gpt2.py                                    # no GPU: Shakespeare, 3 to 7 minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
     python train_gpt2.py --preset gpt2                      # one GPU (an H200: about 5 hours)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2    # eight GPUs
@@ -59,11 +59,11 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The model's sizes; each is a flag. The defaults are GPT-2 (124M): GPT-2 paper, table 2."""
+    """The model's sizes, each of them a flag (section 3). The defaults are GPT-2 (124M)."""
 
     seq_len: int = setting(1024, "tokens per sequence", least=1)  # T: how far the model looks back
-    # V: GPT-2 has 50,257 tokens. 50,304 is 393 x 128. Kernels load 16 bytes at a time, 8 numbers in
-    # bfloat16. With rows of 50,257 logits, only every eighth row starts at a multiple of that.
+    # V: GPT-2 has 50,257 tokens, padded to 393 x 128. Kernels load 16 bytes at a time, 8 numbers in
+    # bfloat16; of rows of 50,257 logits, only every eighth would start at a multiple of that.
     vocab_size: int = setting(50304, "vocabulary, with padding", least=shards.VOCAB_SIZE)
     n_layer: int = setting(12, "number of layers", least=1)  # L
     n_head: int = setting(12, "attention heads per layer", least=1)  # H
@@ -90,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         shape = (B, T, self.n_head, C // self.n_head)  # (B, T, H, D)
         q, k, v = (z.view(shape).transpose(1, 2) for z in (q, k, v))  # (B, T, C) -> (B, H, T, D)
         # softmax(q k^T / sqrt(D) + mask) v; the mask is -inf for later tokens (plain_attention in
-        # bench.py). A sum of D products grows like sqrt(D); dividing by it keeps the softmax soft.
+        # bench.py). A sum of D products grows like sqrt(D); undivided, the softmax would saturate.
         # FlashAttention (2022) goes tile by tile and never stores the (B, H, T, T) scores.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C): the heads side by side
@@ -153,9 +153,8 @@ class GPT(nn.Module):
         """Initialize the weights from torch's global generator (see torch.manual_seed).
 
         weight                      standard deviation   why
-        of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C) = 0.036, at
-                                                         which a layer's output is as large as its
-                                                         input
+        of Linear and Embedding     0.02                 GPT-2's code (1 / sqrt(C) = 0.036 makes a
+                                                         Linear's output as large as its input)
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add to the
                                                          stream, and its variance should not grow
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
@@ -163,17 +162,17 @@ class GPT(nn.Module):
         standard deviation 1, the first loss was 434.6 instead of about 11.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # wte has it
+            if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # it is wte's
                 scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
                 module.weight.normal_(mean=0.0, std=0.02 * scale)
-                if isinstance(module, nn.Linear) and module.bias is not None:
+                if getattr(module, "bias", None) is not None:  # an Embedding has none
                     module.bias.zero_()
 
     def hidden(self, tokens):
         """tokens (B, T) -> the final hidden states (B, T, C), from which lm_head makes logits."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
-        # Autocast (section 4) makes what the blocks add bfloat16. On a GPU we make the stream so,
+        # Autocast (section 4) makes what the blocks add bfloat16. On a GPU the stream is bfloat16,
         # too: not in the lecture, but half the memory traffic, and 4% faster on an H200.
         x = x.bfloat16() if machine.bfloat16_stream(x.device.type) else x
         for block in self.transformer.h:
@@ -188,14 +187,14 @@ class GPT(nn.Module):
         return self.lm_head(x)[..., : shards.VOCAB_SIZE].float()
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats.
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy.
 
-        An untrained model guesses, with a loss of about ln 50304 = 10.83; far from that is a bug.
+        An untrained model guesses: about ln 50304 = 10.83 (nats). Far from that means a bug.
         """
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits
-        # A softmax over 50,304 logits needs float32.
+        # A sum over 50,304 exponentials needs more than bfloat16's 8 bits.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @staticmethod
@@ -208,7 +207,8 @@ class GPT(nn.Module):
 
 
 def build(sizes: dict, weights: dict) -> GPT:
-    return checkpoint.load_weights(GPT(GPTConfig(**sizes)), weights).eval()  # until .train()
+    """A model with these sizes and weights, in eval mode."""
+    return checkpoint.load_weights(GPT(GPTConfig(**sizes)), weights).eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,8 +245,8 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
 # 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
 # Every setting is one line: a default, a flag, its help and its source; setting() makes the
-# dataclass field that carries these. A flag wins over what --resume loads (all settings) or
-# --init_from (the model's sizes), that over the preset, and that over the default.
+# dataclass field that carries these. What wins: first a flag, then what was loaded (by --resume all
+# settings, by --init_from the model's sizes), then the preset, then the default.
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,8 @@ class TrainConfig(GPTConfig):
             raise UserError(f"--n_head {self.n_head} must divide --n_embd; try {works}")
 
     def sizes(self) -> dict:
-        """The settings that are GPTConfig's."""
-        return {name: getattr(self, name) for name in SIZES}
+        """GPTConfig's settings alone, the `network` of a checkpoint."""
+        return {size.name: getattr(self, size.name) for size in fields(GPTConfig)}
 
 
 # What differs from the defaults. Layers and channels: GPT-2 paper, table 2; heads: GPT-2's code.
@@ -304,14 +304,13 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2.0e-4, batch_tokens=2**20),
     "gpt3": dict(seq_len=2048),
-    "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # untried (runs/muon-cpu)
+    "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # tried small (runs/muon-cpu)
     # Ours: among the best of 14 shapes with three minutes each on a CPU.
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5,
                  learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n",
                  sample_every=500, hellaswag_every=0, data=str(HERE / "input.txt"), compile=False),
 }  # fmt: skip
-SIZES = tuple(size.name for size in fields(GPTConfig))
-FIXED = {*SIZES, "preset", "batch_tokens", "seed", "optimizer"}  # what --resume cannot change
+FIXED = {"preset", "batch_tokens", "seed", "optimizer"}  # with the sizes, fixed on --resume
 
 
 def make_config(flags: dict, loaded: dict, fixed: set[str]) -> TrainConfig:
@@ -320,7 +319,7 @@ def make_config(flags: dict, loaded: dict, fixed: set[str]) -> TrainConfig:
     given = flags.get("preset") or loaded.get("preset")
     config = merge(TrainConfig, PRESETS, given or guess, loaded, flags, fixed)
     why = "" if given else " (--preset chooses another)"
-    say(f"preset {config.preset}{why}, data {config.data}")
+    say(f"preset {config.preset}{why}, data {config.data}")  # say() prints on rank 0 only
     return config
 
 
@@ -346,7 +345,7 @@ class Runtime:
     """Where this process runs: as rank `rank` of `world` processes, each on its own device.
 
     torchrun starts one process per GPU and tells each its place by three environment variables:
-    RANK counts all processes, LOCAL_RANK those of one machine, and WORLD_SIZE is how many there
+    RANK numbers all processes, LOCAL_RANK those of one machine, and WORLD_SIZE is how many there
     are. Started by python, a process has none of the three, and is rank 0 of 1.
     """
 
@@ -362,7 +361,7 @@ class Runtime:
         self.device_type = self.device.type
         # bfloat16 where it is fast, float16 on GPUs before Ampere (2020), float32 elsewhere.
         self.dtype = machine.choose_dtype(dtype, self.device)
-        self.double = torch.float32 if self.device_type == "mps" else torch.float64  # mps has none
+        self.sum_dtype = torch.float32 if self.device_type == "mps" else torch.float64
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
         if self.world > 1:  # nccl connects GPUs, gloo CPUs
@@ -379,7 +378,7 @@ class Runtime:
 
         Python waits here for the GPU and the other ranks, so pass all values in one call.
         """
-        zero = torch.zeros((), dtype=self.double, device=self.device)
+        zero = torch.zeros((), dtype=self.sum_dtype, device=self.device)
         # zero + value: a number becomes a tensor on the device
         total = torch.stack([zero + value for value in (*values, bool(self.stop))])
         if self.world > 1:
@@ -406,7 +405,7 @@ class Runtime:
         """End the run; with several ranks, end this process."""
         if self.world > 1:
             dist.destroy_process_group()
-            # A normal exit may hang: freeing DDP waits for threads that wait for Python's lock.
+            # A normal exit may hang: freeing DDP waits for threads that wait for Python's GIL.
             os._exit(0)
 
     def to_device(self, tokens):
@@ -453,14 +452,14 @@ class DataLoaderLite:
     def sequence(self, g: int) -> np.ndarray:
         """Sequence g of the run -> (T + 1,) uint16."""
         epoch, left = divmod(g, self.epoch_sequences)
-        for number in order_of(len(self.arrays), self.seed, epoch):
-            if left < self.counts[number]:  # it is in this shard
+        for shard in order_of(len(self.arrays), self.seed, epoch):
+            if left < self.counts[shard]:  # it is in this shard
                 break
-            left -= self.counts[number]  # it comes after this shard
-        # 1 + number: numpy takes (seed, epoch, 0) for (seed, epoch), which has ordered the shards.
-        order = order_of(self.counts[number], self.seed, epoch, 1 + number)
+            left -= self.counts[shard]  # it comes after this shard
+        # 1 + shard: numpy takes (seed, epoch, 0) for (seed, epoch), which has ordered the shards.
+        order = order_of(self.counts[shard], self.seed, epoch, 1 + shard)
         first = order[left] * self.seq_len
-        array = self.arrays[number]
+        array = self.arrays[shard]
         return shards.check_ids(array[first : first + self.seq_len + 1], array)
 
     def sequences(self, numbers) -> torch.Tensor:
@@ -495,8 +494,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Op
     Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
     """
     matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
-    inside = set(matrices)
-    embeddings = [p for p in model.parameters() if p.dim() >= 2 and p not in inside]
+    in_blocks = set(matrices)
+    embeddings = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizers = {}
     if config.optimizer == "muon":  # support/muon.py explains it
@@ -520,8 +519,8 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate of the step that brings the run to `tokens` of `total_tokens`. The step's own tokens
-    count: a first rate of 0 would waste a step."""
+    """The rate of the step after which the run has seen `tokens` of `total_tokens`. (If it were
+    the tokens before the step, the first rate would be 0.)"""
     lowest = config.learning_rate * config.min_lr_ratio
     # A warmup that is longer than the run becomes a third of it.
     warmup = config.warmup_tokens if config.warmup_tokens < total_tokens else total_tokens / 3
@@ -549,7 +548,7 @@ class TrainState:
         self.optimizers = make_optimizers(model, config)
         float16 = runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=float16)
-        # DDP puts "module." before all names and needs all ranks, so only train_step uses it.
+        # DDP puts "module." before all names and waits for all ranks, so only train_step uses it.
         self.ddp = DDP(model, gradient_as_bucket_view=True) if runtime.world > 1 else model
 
     def parts(self) -> dict:
@@ -578,8 +577,8 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
     # One bad batch should not throw the model off, so the gradient's norm is capped.
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     # So far Python has only queued work; here it waits for the GPU. So timing a step needs no
-    # torch.cuda.synchronize. (The update below is queued, and timed with the next step.) The norms
-    # of the ranks are equal, so their mean is any of them.
+    # torch.cuda.synchronize. (The update below is queued, and timed with the next step.) The ranks'
+    # norms are equal, so taking their mean changes nothing.
     loss, norm = (total / runtime.world for total in runtime.sum(mean_loss, norm))
     for optimizer in state.optimizers.values():
         if math.isfinite(loss) and math.isfinite(norm):
@@ -604,7 +603,7 @@ def validate(model, loader, config, runtime) -> dict | None:
     """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte; None
     if the run is to stop. The tokens are the same for any batch and any number of ranks."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
-    nats = torch.zeros((), dtype=runtime.double, device=runtime.device)  # added up on the device
+    nats = torch.zeros((), dtype=runtime.sum_dtype, device=runtime.device)  # added up there
     count = text_bytes = 0
     B = config.micro_batch or 8  # --eval_only has not chosen one
     for first in progress(range(runtime.rank * B, end, runtime.world * B), "validation"):
@@ -614,8 +613,9 @@ def validate(model, loader, config, runtime) -> dict | None:
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         tokens = rows[:, 1:].numel()
         count += tokens
-        # The last batch is padded to B rows, or it would be compiled again. The loss ignores -100.
-        rows = runtime.to_device(F.pad(rows, (0, 0, 0, B - len(rows)), value=-100))  # (B, T + 1)
+        # The last batch is padded to B rows, or it would be compiled again. The padding is -100,
+        # which the loss ignores as a target; as an input it becomes token 0.
+        rows = runtime.to_device(F.pad(rows, (0, 0, 0, B - len(rows)), value=-100))
         with runtime.autocast():
             nats += model(rows[:, :-1].clamp(min=0), rows[:, 1:]) * tokens
     nats, count, text_bytes = runtime.sum(nats, count, text_bytes)
@@ -635,8 +635,8 @@ def sample(model, config, step, max_new_tokens, runtime) -> dict | None:
 
 
 def score_hellaswag(model, examples, runtime) -> dict | None:
-    """Each ending is appended to its context. Its score is the log-probability of its own tokens,
-    their sum (acc) or mean (acc_norm). The best of four is the answer. Each rank scores a share."""
+    """Each rank scores a share. An ending's score is the log-probability of its tokens after the
+    context: their sum (acc) or mean (acc_norm). The best of the four is the model's answer."""
     with runtime.autocast():
         mine = examples[runtime.rank :: runtime.world]
         counts = hellaswag.count_right(model, mine, runtime.stop)
@@ -666,16 +666,16 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         return config, GPT(GPTConfig(**config.sizes())), None
     content = saved or checkpoint.load(flags["init_from"])
     network, settings = content["network"], content["settings"]
-    if saved:
-        loaded, fixed = network | settings, FIXED
-        if "epochs" in flags:  # it wins over the --max_steps of before
-            loaded["max_steps"] = 0
-    else:  # the model's sizes; --eval_only takes all settings
-        loaded, fixed = network | (settings if flags.get("eval_only") else {}), set(network)
-        if flags.get("seq_len", 0) <= network["seq_len"]:  # it may look back less far
-            fixed.remove("seq_len")
+    loaded = dict(network)
+    if saved or flags.get("eval_only"):  # all of that run's settings
+        loaded |= settings
+    fixed = set(network) | (FIXED if saved else set())
+    if not saved and flags.get("seq_len", 0) <= network["seq_len"]:
+        fixed.remove("seq_len")  # a model can be trained on sequences shorter than it can read
+    if saved and "epochs" in flags:  # a new --epochs wins over the old --max_steps
+        loaded["max_steps"] = 0
     config = make_config(flags, loaded, fixed)
-    # The network keeps its sizes, all its positions among them; config has those you added since.
+    # The loaded sizes win: the model keeps all its positions. A size that you added is config's.
     return config, build(config.sizes() | network, content["model"]), saved
 
 
@@ -708,7 +708,7 @@ def main(argv: list[str] | None = None) -> None:
     micro_batch = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
     micro_batch = runtime.least(micro_batch)  # another rank may have less free memory
     header = describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
-    config = replace(config, micro_batch=micro_batch)  # not in its settings: --resume chooses anew
+    config = replace(config, micro_batch=micro_batch)  # the header keeps 0: --resume chooses anew
     state = TrainState(model, config, runtime)
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
     saver.restore(saved, steps)
@@ -721,8 +721,8 @@ def main(argv: list[str] | None = None) -> None:
         if runtime.all_stop:
             break
         model.eval()
-        if due(config.checkpoint_every, step, steps):
-            saver.save(step)
+        if due(config.checkpoint_every, step, steps):  # before evaluations, which could fail
+            saver.save(step)  # not at step 0, nor what --resume has just read
         if due(config.val_every, step, steps):
             log("val", step, validate(model, val_loader, config, runtime))
         if due(config.hellaswag_every, step, steps) and not runtime.all_stop:
@@ -740,7 +740,7 @@ def main(argv: list[str] | None = None) -> None:
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
         loss, norm = train_step(state, batch, lr, config, runtime)
-        # In float16 an infinite norm is normal until the scale is down to 1; elsewhere it is 1.
+        # In float16 norms may overflow until the scale is down to 1. (Without float16 it is 1.)
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             raise saver.give_up(step, loss, norm)
         seconds = time.perf_counter() - began

@@ -11,5 +11,5 @@ checkpoint   checkpoints, and how a run continues from one
 published    models in transformers' format, both ways
 muon         an optimizer beyond the lecture
 
-Imports go down only: the commands import train_gpt2.py, and that imports these.
+None of these imports train_gpt2.py: the commands do.
 """

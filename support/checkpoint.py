@@ -4,8 +4,8 @@
 
 The newest two stay, and the best: the one whose step has the lowest validation loss. `--resume`
 continues from the newest whole one. Elsewhere, FOLDER names its newest checkpoint, and FOLDER/best
-its best. README.md ("When something goes wrong") says what can happen to a run, what you find in
-the morning, and how exactly a resumed run repeats an uninterrupted one.
+its best. README.md ("When something goes wrong") says what can happen to a run, and how exactly a
+resumed run repeats an uninterrupted one; docs/overnight.md says what you find in the morning.
 
 Nothing that is loaded can run code: checkpoints are plain data, read with weights_only=True.
 torchrun passes SIGUSR1 on only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
