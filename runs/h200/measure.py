@@ -1,11 +1,15 @@
-"""What a GPU has not shown yet, in the order of its worth: some 15 minutes on one H200 (estimate).
+"""What a GPU has not shown yet, in the order of its worth: some 13 minutes on one H200 (estimate).
 
     python runs/h200/measure.py SHARDS RECORDS.jsonl           # all parts, into runs/h200/new/
-    python runs/h200/measure.py SHARDS RECORDS.jsonl --parts tests stream
+    python runs/h200/measure.py SHARDS RECORDS.jsonl --parts tests times stream  # half of it
+    python runs/h200/measure.py SHARDS RECORDS.jsonl --parts rates bench         # the other half
     python runs/h200/measure.py SHARDS RECORDS.jsonl --small   # tiny sizes, on a CPU: does it run?
 
 SHARDS is a folder of token shards (20M tokens are enough), RECORDS has HellaSwag's records or
-stand-ins. Each part is a command of its own with a limit of time, and writes its results at once.
+stand-ins. With --second FOLDER, the files of commit 192697f, `times` includes its HellaSwag, which
+kept the context's keys and values (git archive 192697f | tar x -C FOLDER). Each part has a limit of
+time, and its results are written at once. The runs of `rates` share the GPU, two at a time (30 GB
+each), so their losses count and their speed does not.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,6 +66,27 @@ TIMES = """if True:
     print(json.dumps(found))
 """
 
+# What HellaSwag took in the second edition, with the third's tokenizer, which needs no internet.
+SECOND_TIMES = """if True:
+    import json, pathlib, sys, time, fineweb, hellaswag
+    from types import SimpleNamespace as Names
+    from train_gpt2 import GPT, GPTConfig, Runtime
+    path, small = pathlib.Path(sys.argv[1]), sys.argv[2] == "True"
+    sys.path.append(sys.argv[3])
+    from support.shards import gpt2_tokenizer
+    fineweb.gpt2_tokenizer = gpt2_tokenizer
+    runtime = Runtime(Names(device="auto", dtype="bfloat16"))
+    sizes = dict(n_layer=1, n_embd=24, n_head=2) if small else {}
+    model = GPT(GPTConfig(**sizes)).to(runtime.device).eval()
+    examples = hellaswag.load_examples(runtime, path)[: 20 if small else None]
+    found = {"records": len(examples)}
+    for name in ("first", "second"):
+        start = time.perf_counter()
+        hellaswag.evaluate(model, examples, runtime)
+        found["cached_hellaswag_seconds_" + name] = time.perf_counter() - start
+    print(json.dumps(found))
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -69,6 +95,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", default=["tests", "times", "stream", "rates", "bench"]
     )
+    parser.add_argument("--second", type=Path)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
@@ -83,10 +110,10 @@ def main() -> None:
         train += ["--max_steps", "4", "--val_tokens", "768", "--device", "cpu"]
         bench += ["--network", "demo", "--steps", "1", "--warmup", "1", "--until", "float32"]
 
-    def run(name: str, command: list, limit: int) -> None:
+    def run(name: str, command: list, limit: int, folder: Path = ROOT) -> None:
         start = time.monotonic()
         with open(OUT / f"{name}.txt", "w") as file:
-            options = dict(cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            options = dict(cwd=folder, stdout=file, stderr=subprocess.STDOUT)
             try:
                 status = subprocess.run(command, check=False, timeout=limit, **options).returncode
             except subprocess.TimeoutExpired:
@@ -101,21 +128,23 @@ def main() -> None:
         run("tests_memory", [*pytest, "-k", "memory or micro_batch"], 150)
         run("tests_others", [*pytest, "-k", "not memory and not micro_batch", "-n", "6"], 180)
     if "times" in args.parts:
-        run("times", [*python, "-c", TIMES, str(args.records.resolve()), str(args.small)], 90)
+        flags = [str(args.records.resolve()), str(args.small)]
+        run("times", [*python, "-c", TIMES, *flags], 90)
+        if args.second:
+            run("times_second", [*python, "-c", SECOND_TIMES, *flags, str(ROOT)], 90, args.second)
     if "stream" in args.parts:
-        run(
-            "stream_bfloat16",
-            [*python, "train_gpt2.py", *train, "--out_dir", str(OUT / "bf16")],
-            90,
-        )
+        flags = [*train, "--out_dir", str(OUT / "bf16")]
+        run("stream_bfloat16", [*python, "train_gpt2.py", *flags], 120)
         flags = [*train, "--out_dir", str(OUT / "fp32")]
-        run("stream_float32", [*python, "-c", FLOAT32_STREAM, *flags], 90)
+        run("stream_float32", [*python, "-c", FLOAT32_STREAM, *flags], 120)
     if "rates" in args.parts:
-        for optimizer, rates in RATES.items():
-            for rate in rates:
-                flags = ["--optimizer", optimizer, "--learning_rate", rate]
-                flags += ["--out_dir", str(OUT / f"{optimizer}-{rate}")]
-                run(f"{optimizer}-{rate}", [*python, "train_gpt2.py", *train, *flags], 90)
+        with ThreadPoolExecutor(2) as pool:
+            for optimizer, rates in RATES.items():
+                for rate in rates:
+                    name = f"{optimizer}-{rate}"
+                    flags = ["--optimizer", optimizer, "--learning_rate", rate]
+                    flags += ["--out_dir", str(OUT / name)]
+                    pool.submit(run, name, [*python, "train_gpt2.py", *train, *flags], 180)
     if "bench" in args.parts:
         run("bench", [*python, *bench], 240)
 
