@@ -559,6 +559,9 @@ class TrainState:
 def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
     """One step -> the mean loss of the whole batch, and the gradient's norm before clipping. If one
     is not finite, the update is skipped: it would destroy the weights."""
+    for optimizer in state.optimizers.values():
+        # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
+        optimizer.zero_grad(set_to_none=runtime.world == 1)
     inputs, targets = batch[..., :-1], batch[..., 1:]  # (micro-steps, B, T) each
     mean_loss = 0.0
     for m in range(len(batch)):
@@ -580,11 +583,9 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
     # torch.cuda.synchronize. (The update below is queued, and timed with the next step.) The ranks'
     # norms are equal, so taking their mean changes nothing.
     loss, norm = (total / runtime.world for total in runtime.sum(mean_loss, norm))
-    for optimizer in state.optimizers.values():
-        if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss) and math.isfinite(norm):
+        for optimizer in state.optimizers.values():
             state.scaler.step(optimizer)
-        # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
-        optimizer.zero_grad(set_to_none=runtime.world == 1)
     state.scaler.update()  # after an overflow in float16 (normal now and then) it lowers the scale
     return loss, norm
 
