@@ -424,11 +424,11 @@ class Runtime:
 
 
 @functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
-def order_of(size: int, seed: int | None, *key: int) -> np.ndarray:
-    """0 .. size - 1, shuffled in a way that depends on seed and key alone; seed None: in order."""
+def order_of(size: int, seed: int | None, epoch: int, part: int) -> np.ndarray:
+    """0 .. size - 1, in an order that depends on the other three alone; seed None: unshuffled."""
     if seed is None:
         return np.arange(size)
-    return np.random.default_rng((seed, *key)).permutation(size)
+    return np.random.default_rng((seed, epoch, part)).permutation(size)
 
 
 class DataLoaderLite:
@@ -452,12 +452,11 @@ class DataLoaderLite:
     def sequence(self, g: int) -> np.ndarray:
         """Sequence g of the run -> (T + 1,) uint16."""
         epoch, left = divmod(g, self.epoch_sequences)
-        for shard in order_of(len(self.arrays), self.seed, epoch):
+        for shard in order_of(len(self.arrays), self.seed, epoch, 0):
             if left < self.counts[shard]:  # it is in this shard
                 break
             left -= self.counts[shard]  # it comes after this shard
-        # 1 + shard: numpy takes (seed, epoch, 0) for (seed, epoch), which has ordered the shards.
-        order = order_of(self.counts[shard], self.seed, epoch, 1 + shard)
+        order = order_of(self.counts[shard], self.seed, epoch, 1 + shard)  # 0 ordered the shards
         first = order[left] * self.seq_len
         array = self.arrays[shard]
         return shards.check_ids(array[first : first + self.seq_len + 1], array)
