@@ -492,18 +492,20 @@ def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Op
 
     Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
     """
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() >= 2]
-    in_blocks = set(matrices)
-    embeddings = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    no_decay = [p for p in model.parameters() if p.dim() < 2]
     optimizers = {}
     if config.optimizer == "muon":  # support/muon.py explains it
+        in_blocks = set(model.transformer.h.parameters())
+        matrices = [p for p in decay if p in in_blocks]
+        decay = [p for p in decay if p not in in_blocks]
         optimizers["Muon"] = muon.Muon(matrices, config.learning_rate, config.weight_decay)
-        matrices = []
-    decay = dict(params=embeddings + matrices, weight_decay=config.weight_decay)
-    no_decay = dict(params=vectors, weight_decay=0.0)
+    groups = [
+        dict(params=decay, weight_decay=config.weight_decay),
+        dict(params=no_decay, weight_decay=0.0),
+    ]
     adamw = dict(betas=(0.9, 0.95), eps=1e-8, fused=True)  # GPT-3 paper, appendix B
-    optimizers["AdamW"] = torch.optim.AdamW([decay, no_decay], config.learning_rate, **adamw)
+    optimizers["AdamW"] = torch.optim.AdamW(groups, config.learning_rate, **adamw)
     return optimizers
 
 
