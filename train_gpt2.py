@@ -660,22 +660,23 @@ def due(every: int, step: int, steps: int) -> bool:
 def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
     """Flags -> all settings, the model to train, and the checkpoint to resume, if there is one."""
     saved = checkpoint.newest(Path(flags.get("out_dir", "log"))) if flags.get("resume") else None
-    if not saved and not flags.get("init_from"):
+    content = saved or (checkpoint.load(flags["init_from"]) if flags.get("init_from") else None)
+    if content is None:  # a new model
         if flags.get("eval_only"):
             raise UserError("--eval_only needs --init_from, or --resume and a checkpoint")
         config = make_config(flags, {}, set())
         torch.manual_seed(config.seed)
         return config, GPT(GPTConfig(**config.sizes())), None
-    content = saved or checkpoint.load(flags["init_from"])
     network, settings = content["network"], content["settings"]
-    loaded = dict(network)
-    if saved or flags.get("eval_only"):  # all of that run's settings
-        loaded |= settings
-    fixed = set(network) | (FIXED if saved else set())
-    if not saved and flags.get("seq_len", 0) <= network["seq_len"]:
-        fixed.remove("seq_len")  # a model can be trained on sequences shorter than it can read
-    if saved and "epochs" in flags:  # a new --epochs wins over the old --max_steps
-        loaded["max_steps"] = 0
+    if saved:  # that run goes on, with all its settings
+        loaded, fixed = network | settings, FIXED | set(network)
+        if "epochs" in flags:  # a new --epochs wins over the old --max_steps
+            loaded["max_steps"] = 0
+    else:  # another run of that model; to evaluate it, that run's settings, its data among them
+        loaded = network | settings if flags.get("eval_only") else network
+        fixed = set(network)
+        if flags.get("seq_len", 0) <= network["seq_len"]:
+            fixed.remove("seq_len")  # a model can be trained on sequences shorter than it can read
     config = make_config(flags, loaded, fixed)
     # The loaded sizes win: the model keeps all its positions. A size that you added is config's.
     return config, build(config.sizes() | network, content["model"]), saved
