@@ -23,7 +23,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -355,7 +355,8 @@ class Runtime:
         if len(values) not in (0, 3):
             raise UserError("set all of RANK, LOCAL_RANK and WORLD_SIZE, as torchrun does, or none")
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
-        self.stop = Stop()  # true after a signal to this rank
+        self.micro_batch = 8  # sequences at a time, until main() has chosen
+        self.stop = Stop()  # an object that becomes true with a signal to this rank
         self.all_stop = False  # true after a signal to any rank: each call of self.sum finds out
         self.device = machine.open_device(device, self.local_rank)
         self.device_type = self.device.type
@@ -387,19 +388,15 @@ class Runtime:
         self.all_stop = stops > 0
         return sums
 
-    def least(self, value: int) -> int:
-        """The smallest of the ranks' values."""
-        smallest = torch.tensor(value, device=self.device)
+    def gather(self, value) -> list:
+        """The values of all ranks, on each of them."""
+        values = [value] * self.world
         if self.world > 1:
-            dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        return int(smallest)
-
-    def same(self, value: int) -> bool:
-        """Whether all ranks have the same value."""
-        return self.least(value) == -self.least(-value)  # the smallest and the largest
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
-        self.least(0)
+        self.gather(None)
 
     def close(self) -> None:
         """End the run; with several ranks, end this process."""
@@ -472,7 +469,7 @@ class DataLoaderLite:
         A step has N = batch_tokens / T sequences, and step s starts at s * N. Micro-step m of rank
         r takes B of them, from (m * world + r) * B on.
         """
-        N, B = config.batch_tokens // self.seq_len, config.micro_batch  # not 0: main has chosen it
+        N, B = config.batch_tokens // self.seq_len, runtime.micro_batch
         starts = range(step * N + runtime.rank * B, (step + 1) * N, runtime.world * B)
         return torch.stack([self.sequences(range(g, g + B)) for g in starts])
 
@@ -607,7 +604,7 @@ def validate(model, loader, config, runtime) -> dict | None:
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
     nats = torch.zeros((), dtype=runtime.sum_dtype, device=runtime.device)  # added up there
     count = text_bytes = 0
-    B = config.micro_batch or 8  # --eval_only has not chosen one
+    B = runtime.micro_batch
     for first in progress(range(runtime.rank * B, end, runtime.world * B), "validation"):
         if runtime.stop:
             break
@@ -692,26 +689,26 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoaderLite(train_shards, config.seq_len, config.seed)
     val_loader = DataLoaderLite(val_shards, config.seq_len, None)
     found = (first, loader.epoch_sequences, val_loader.epoch_sequences)
-    if not all(runtime.same(number) for number in found):
+    if len(set(runtime.gather(found))) > 1:
         raise UserError("the ranks found different checkpoints or data: all need the same folders")
     model.to(runtime.device)
     if config.eval_only:
+        runtime.micro_batch = config.micro_batch or runtime.micro_batch
         say(text_of("val", validate(model.eval(), val_loader, config, runtime)))
         say(text_of("sample", sample(model, config, 0, 64, runtime)))
         return runtime.close()
     examples = []
     if config.hellaswag_every:
-        examples = hellaswag.load_examples(runtime.local_rank == 0, wait=runtime.barrier)
+        examples = hellaswag.load_examples(downloads=runtime.local_rank == 0, wait=runtime.barrier)
     steps = count_steps(config, loader.epoch_sequences)
 
     # What trains it, and what the run leaves behind.
-    compiled = bool(runtime.least(machine.can_compile(config.compile, runtime.device)))
-    if compiled:  # model(...) alone: samples and HellaSwag, of many shapes, call model.hidden
+    compiled = all(runtime.gather(machine.can_compile(config.compile, runtime.device)))
+    if compiled:  # this compiles model(...) only: samples and HellaSwag call model.hidden
         model.compile(dynamic=False)
-    micro_batch = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
-    micro_batch = runtime.least(micro_batch)  # another rank may have less free memory
-    header = describe_run(config, steps, model, compiled, micro_batch, loader, runtime)
-    config = replace(config, micro_batch=micro_batch)  # the header keeps 0: --resume chooses anew
+    fits = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)
+    runtime.micro_batch = min(runtime.gather(fits))  # another rank may have less free memory
+    header = describe_run(config, steps, model, compiled, loader, runtime)
     state = TrainState(model, config, runtime)
     saver = checkpoint.Saver(state.parts(), header, runtime.rank)
     saver.restore(saved, steps)

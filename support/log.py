@@ -27,7 +27,7 @@ from support.files import json_lines, whole_file
 from support.machine import device_name, peak_memory
 
 
-def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -> dict:
+def describe_run(config, steps, model, compiled, loader, runtime) -> dict:
     """Print a summary, and return all that is needed to repeat the run: the header of its files."""
     count = sum(p.numel() for p in model.parameters())
     warmup = math.ceil(config.warmup_tokens / config.batch_tokens)
@@ -41,8 +41,8 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
     say(
         f"{count:,} parameters, {'compiled (at the first step)' if compiled else 'eager'}, on"
         f" {runtime.world} x {runtime.device_type} in {dtype}\n"
-        f"{steps:,} steps of {config.batch_tokens:,} tokens, --micro_batch {micro_batch}: sequences"
-        f" of {config.seq_len} at a time\n"
+        f"{steps:,} steps of {config.batch_tokens:,} tokens, --micro_batch {runtime.micro_batch}:"
+        f" sequences of {config.seq_len} at a time\n"
         f"{passes:.2g} passes over {tokens:,} tokens\n"
         f"warmup: {warmup:,} steps{shortened}"
     )
@@ -54,7 +54,7 @@ def describe_run(config, steps, model, compiled, micro_batch, loader, runtime) -
         settings=dataclasses.asdict(config),
         network=dataclasses.asdict(model.config),
         compiled=compiled,
-        micro_batch=micro_batch,
+        micro_batch=runtime.micro_batch,
         epoch_sequences=loader.epoch_sequences,  # a resumed run must find the same data
         versions=dict(python=platform.python_version(), torch=str(torch.__version__)),
         device=dict(

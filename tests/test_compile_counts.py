@@ -42,7 +42,7 @@ def some_hellaswag(count=6):
     path = Path(__file__).with_name("hellaswag_records.jsonl")
     examples = hellaswag.read_examples(path)[:count]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hellaswag, "load_examples", lambda *args, wait: examples)
+        patch.setattr(hellaswag, "load_examples", lambda **options: examples)
         yield examples
 
 

@@ -51,14 +51,15 @@ def test_batches_for_any_number_of_processes(shards, world, micro_batch):
 
     The steps are asked for as in a run, and once more out of order, as after resuming.
     """
-    config = TrainConfig(seq_len=T, batch_tokens=8 * T, micro_batch=micro_batch)
+    config = TrainConfig(seq_len=T, batch_tokens=8 * T)
     expected = DataLoaderLite(shards, T, seed=3).sequences(range(32)).reshape(4, 8, T + 1)
     for order in (range(4), (2, 3, 0)):
         loaders = [DataLoaderLite(shards, T, seed=3) for _ in range(world)]
         for step in order:
             seen = []
             for rank, loader in enumerate(loaders):
-                batch = loader.batch(step, config, SimpleNamespace(rank=rank, world=world))
+                runtime = SimpleNamespace(rank=rank, world=world, micro_batch=micro_batch)
+                batch = loader.batch(step, config, runtime)
                 assert batch.shape == (8 // world // micro_batch, micro_batch, T + 1)
                 assert batch.dtype == torch.int64
                 assert torch.equal(batch[..., 1:], batch[..., :-1] + 1)

@@ -105,6 +105,5 @@ def test_a_run_waits_only_where_it_must(folder):
         "generate": 1 + 32 * 2,  # the prompt; each token's probabilities, and the choice back
         "sample": 1,  # the texts
         "hellaswag.py": 2 * 3,  # each score copies tokens and numbers there, and the scores back
-        "least": (3 * 2 + 2) * 2,  # three comparisons, compilers, and micro-batch: there and back
         "main": 28,  # model.to(device)
     }

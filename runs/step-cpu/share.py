@@ -61,10 +61,10 @@ def measure_parts(folder: Path) -> None:
         data=str(folder),
         seq_len=SEQ_LEN,
         batch_tokens=BATCH_TOKENS,
-        micro_batch=MICRO_BATCH,
         val_tokens=BATCH_TOKENS,
     )
     runtime = train_gpt2.Runtime("cpu", "auto")
+    runtime.micro_batch = MICRO_BATCH
     torch.manual_seed(0)
     model = train_gpt2.GPT(train_gpt2.GPTConfig(seq_len=SEQ_LEN))
     state = train_gpt2.TrainState(model, config, runtime)
