@@ -742,7 +742,7 @@ def main(argv: list[str] | None = None) -> None:
         loss, norm = train_step(state, batch, lr, config, runtime)
         # In float16 norms may overflow until the scale is down to 1. (Without float16 it is 1.)
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
-            raise saver.give_up(step, loss, norm)
+            saver.give_up(step, loss, norm)  # raises UserError
         seconds = time.perf_counter() - began
         speed = config.batch_tokens / seconds  # tokens per second
         mfu = machine.utilization(model, config.seq_len, speed / runtime.world, runtime.dtype)

@@ -20,6 +20,7 @@ import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -270,16 +271,16 @@ class Saver:
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint_{step:07d}.pt"
 
-    def give_up(self, step: int, loss: float, norm: float) -> UserError:
-        """What to say of a loss that is not finite. A checkpoint with those weights is put aside,
-        as *.bad: it was written before they were tried."""
+    def give_up(self, step: int, loss: float, norm: float) -> NoReturn:
+        """Raise UserError for a loss that is not finite. A checkpoint with those weights is put
+        aside, as *.bad: it was written before they were tried."""
         self.writing.result()  # it may still be on its way
         if self.rank == 0 and self.path(step).exists():
             self.path(step).rename(self.path(step).with_suffix(".bad"))
         last = (files(self.folder) or ["none"])[-1]
         what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last}"
         hint = "try --resume with --dtype float32 or a lower --learning_rate"
-        return UserError(f"{what}; {hint}")
+        raise UserError(f"{what}; {hint}")
 
     def close(self, step: int) -> str:
         """Write a last checkpoint -> what went wrong, or ""."""
