@@ -259,31 +259,31 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
         context = crop(example, model.config.seq_len).context
         rows += [(len(rows) + i, context, ending) for i, ending in enumerate(example.endings)]
     rows.sort(key=lambda row: len(row[1] + row[2]), reverse=True)  # the longest needs most memory
-    longest = len(rows[0][1] + rows[0][2])
-    at_once = max(1, BATCH_TOKENS[device.type] // longest)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # padded on the right
+    tokens = torch.zeros(len(rows), len(rows[0][1] + rows[0][2]), dtype=torch.long)  # padded
     # Each token of an ending: the place in its batch that predicts it, its id, its ending's number
     entries = []
-    batches = []  # its first row, its T, its part of the entries
-    for first in range(0, len(rows), at_once):
-        batch = rows[first : first + at_once]
-        T = len(batch[0][1] + batch[0][2]) - 1  # the last token is predicted, but not read
+    batches = []  # its rows, its T, its part of the entries
+    first = 0
+    while first < len(rows):
+        T = len(rows[first][1] + rows[first][2]) - 1  # the last token is predicted, but not read
+        end = min(len(rows), first + max(1, BATCH_TOKENS[device.type] // (T + 1)))
         begin = len(entries)
-        for r, (number, context, ending) in enumerate(batch):
+        for r, (number, context, ending) in enumerate(rows[first:end]):
             row = context + ending
             tokens[first + r, : len(row)] = torch.tensor(row)
             place = r * T + len(context) - 1  # the context's last token predicts the ending's first
             entries += [(place + i, token, number) for i, token in enumerate(ending)]
-        batches.append((first, T, slice(begin, len(entries))))
+        batches.append((slice(first, end), T, slice(begin, len(entries))))
+        first = end
     tokens = tokens.to(device)
     entries = torch.tensor(entries).to(device)
 
     sums = torch.zeros(len(rows), device=device)
-    for first, T, part in progress(batches, "HellaSwag"):
+    for part, T, these in progress(batches, "HellaSwag"):
         if stop:
             break
-        places, ids, numbers = entries[part].T  # of the E tokens to predict in these R rows
-        x = model.hidden(tokens[first : first + at_once, :T])  # (R, T) -> (R, T, C)
+        places, ids, numbers = entries[these].T  # of the E tokens to predict in these R rows
+        x = model.hidden(tokens[part, :T])  # (R, T) -> (R, T, C)
         logits = model.logits(x.flatten(0, 1)[places])  # (R T, C) -> (E, C) -> (E, 50257)
         losses = F.cross_entropy(logits, ids, reduction="none")  # -> (E,)
         sums.index_add_(0, numbers, -losses)

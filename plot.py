@@ -32,7 +32,7 @@ UNITS = {"loss": "loss (nats)", "tokens_per_second": "tokens/s"}
 SMALL = dict(fontsize=9, color="dimgrey")
 # Settings that do not make two runs different, besides all whose names end in _every.
 NOT_IN_LABELS = {"seed", "out_dir", "resume", "device", "micro_batch", "prompt", "preset"}
-KINDS = ("train", "val", "hellaswag")  # the lines of metrics.jsonl that are drawn
+NOT_DRAWN = {"header", "resume", "sample", "end"}  # lines of metrics.jsonl without curves
 
 
 class Run(NamedTuple):
@@ -48,8 +48,9 @@ def read_run(path: Path) -> Run:
         lines = [record for _, record in json_lines(path)]
         settings = lines[0]["settings"]
         settings["data"] = Path(settings["data"]).name
-        records = {kind: [line for line in lines if line["kind"] == kind] for kind in KINDS}
-        train = records["train"]
+        kinds = dict.fromkeys(line["kind"] for line in lines if line["kind"] not in NOT_DRAWN)
+        records = {kind: [line for line in lines if line["kind"] == kind] for kind in kinds}
+        train = records.get("train")
         if not train or [line["step"] for line in train] != list(range(len(train))):
             raise ValueError("some training steps are missing")
         # Evaluations and restarts take time, too. Older runs recorded only that of the steps.
@@ -92,8 +93,8 @@ def draw_curves(panel, runs: list[Run], y_name: str, x_name: str) -> list:
     last_lines = {}
     for i, run in enumerate(runs):
         color = f"C{names.index(names[i])}"  # runs with the same name share it
-        for kind in KINDS:
-            found = [(line["step"], line.get(y_name)) for line in run.records[kind]]
+        for kind, lines in run.records.items():
+            found = [(line["step"], line.get(y_name)) for line in lines]
             found = [(step, y) for step, y in found if isinstance(y, int | float)]
             if not found:
                 continue
@@ -105,7 +106,7 @@ def draw_curves(panel, runs: list[Run], y_name: str, x_name: str) -> list:
             else:
                 (last_lines[i],) = panel.plot(x, y, "o-", color=color, markersize=3, clip_on=False)
     if not last_lines:
-        lines = [line for run in runs for kind in KINDS for line in run.records[kind]]
+        lines = [line for run in runs for lines in run.records.values() for line in lines]
         there = dict.fromkeys(n for line in lines for n in line if isinstance(line[n], int | float))
         raise UserError(f"--y {y_name}: no run has such numbers; there are {', '.join(there)}")
     if len(runs) > 1:
@@ -160,7 +161,7 @@ def draw_runs(figure, runs: list[Run], y_names=(), x_names=("tokens",), marks=()
     """Draw a panel for each y over each x: by default of the loss, and HellaSwag's accuracy if a
     run has it. `marks` are steps of the first run, with the texts to write there."""
     wanted = [(y_name, x_name) for y_name in y_names or ["loss"] for x_name in x_names]
-    if not y_names and any(run.records["hellaswag"] for run in runs):
+    if not y_names and any("hellaswag" in run.records for run in runs):
         wanted.append(("acc_norm", x_names[0]))
     figure.set_size_inches(4.8 * len(wanted), 3.6)
     panels = figure.subplots(1, len(wanted), squeeze=False, subplot_kw=dict(ymargin=0.08))[0]

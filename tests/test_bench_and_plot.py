@@ -76,7 +76,7 @@ def make_run(path, **columns) -> plot.Run:
     steps = [step | {name: columns[name][i] for name in columns} for i, step in enumerate(steps)]
     steps[100:100] = [dict(kind="val", step=100, loss=8.0), dict(kind="resume", settings=settings)]
     header = dict(kind="header", settings=settings, time=1000.0)
-    rows = [header, *steps, dict(kind="val", step=200, loss=7.0)]
+    rows = [header, *steps, dict(kind="val", step=200, loss=7.0), dict(kind="yours", step=9, y=5)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')
     return plot.read_run(path)
 
@@ -132,6 +132,8 @@ def test_any_logged_value_is_drawn_and_smoothed_around_its_steps(tmp_path):
     values = [None if i % 7 == 3 else 3.0 * i for i in range(200)]  # null: was not finite
     new = make_run(tmp_path / "new", entropy=values, mfu=[None] * 200)
     old = make_run(tmp_path / "old", note=["text"] * 200)
+    (panel,) = draw([old], ["y"])  # of a kind of one's own
+    assert panel.lines[0].get_xydata().tolist() == [[90, 5]]
     (panel,) = draw([old, new], ["entropy"])
     raw, smoothed = (line.get_xydata() for line in panel.lines)  # the other run is left out
     assert raw.tolist() == [[10 * i, 3.0 * i] for i in range(200) if i % 7 != 3]
