@@ -4,9 +4,9 @@ It follows the lecture "Let's reproduce GPT-2 (124M)" (https://www.youtube.com/w
 Read it from top to bottom: each section uses only what comes before it, and what it imports. Its
 banner names the chapters of the lecture that it covers.
 
-    python train_gpt2.py                                    # no GPU: Shakespeare, 3 to 7 minutes
+    python train_gpt2.py                                    # the demo: Shakespeare, 3 to 7 minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
-    python train_gpt2.py --preset gpt2                      # one GPU (an H200: about 5 hours)
+    python train_gpt2.py --preset gpt2                      # one GPU (an H200: 5 hours, computed)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py --preset gpt2    # eight GPUs
     python sample.py --model log --prompt "Once upon a time"  # text by the model of a run
 
@@ -162,7 +162,7 @@ class GPT(nn.Module):
         standard deviation 1, the first loss was 434.6 instead of about 11.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # it is wte's
+            if isinstance(module, nn.Linear | nn.Embedding) and name != "lm_head":  # wte's weight
                 scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
                 module.weight.normal_(mean=0.0, std=0.02 * scale)
                 if getattr(module, "bias", None) is not None:  # an Embedding has none
@@ -173,7 +173,7 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         # Autocast (section 4) makes what the blocks add bfloat16. On a GPU the stream is bfloat16,
-        # too: not in the lecture, but half the memory traffic, and 4% faster on an H200.
+        # too, which halves its memory traffic (not in the lecture; 4% faster on an H200).
         x = x.bfloat16() if machine.bfloat16_stream(x.device.type) else x
         for block in self.transformer.h:
             x = block(x)
@@ -189,12 +189,12 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy.
 
-        An untrained model guesses: about ln 50304 = 10.83 (nats). Far from that means a bug.
+        An untrained model guesses: about ln 50304 = 10.83 (nats). Anything far off means a bug.
         """
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits
-        # A sum over 50,304 exponentials needs more than bfloat16's 8 bits.
+        # float32: in bfloat16 the loss would be rounded to a multiple of 1/16.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @staticmethod
@@ -233,7 +233,7 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
     for _ in range(max_new_tokens):
         x = model.hidden(tokens[:, -model.config.seq_len :])[:, -1]  # (B, T) -> (B, T, C) -> (B, C)
         logits = model.logits(x) / temperature  # (B, C) -> (B, 50257)
-        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, 50257) -> (B, K)
+        logits, ids = logits.topk(min(top_k, logits.size(1)))  # (B, 50257) -> (B, top_k)
         choice = torch.multinomial(logits.softmax(dim=1).cpu(), 1, generator=generator)  # (B, 1)
         tokens = torch.cat([tokens, ids.gather(1, choice.to(device))], dim=1)  # -> (B, T + 1)
         if show:
@@ -263,11 +263,11 @@ class TrainConfig(GPTConfig):
 
     data: str = setting(str(HERE / "edu_fineweb10B"), "folder of shards, or a text", group="data")
     epochs: float = setting(1.0, "passes over the training data")  # the lecture
-    max_steps: int = setting(0, "number of steps, whatever --epochs is; 0: as --epochs says")
+    max_steps: int = setting(0, "number of steps; overrides --epochs unless 0")
     batch_tokens: int = setting(2**19, "tokens per step", least=1)  # GPT-3 paper, table 2.1: 0.5M
     micro_batch: int = setting(0, "sequences per forward pass on a device; 0: by memory")
 
-    optimizer: str = setting("adamw", "for matrices", choices="adamw muon", group="optimizer")
+    optimizer: str = setting("adamw", "updates matrices", choices="adamw muon", group="optimizer")
     learning_rate: float = setting(6e-4, "peak learning rate")  # GPT-3 paper, table 2.1
     min_lr_ratio: float = setting(0.1, "final rate as a fraction of the peak")  # GPT-3, app. B
     warmup_tokens: int = setting(375_000_000, "tokens of linear warmup")  # GPT-3, app. B
@@ -304,7 +304,7 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2.0e-4, batch_tokens=2**20),
     "gpt3": dict(seq_len=2048),
-    "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # tried small (runs/muon-cpu)
+    "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # tried only small (runs/muon-cpu)
     # Ours: among the best of 14 shapes with three minutes each on a CPU.
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5,
                  learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n",
@@ -314,7 +314,7 @@ FIXED = {"preset", "batch_tokens", "seed", "optimizer"}  # with the sizes, fixed
 
 
 def make_config(flags: dict, loaded: dict, fixed: set[str]) -> TrainConfig:
-    """Merge all settings; flags may not contradict the `fixed` ones among those loaded."""
+    """Merge all settings; of the loaded ones, flags may not change those in `fixed`."""
     guess = "gpt2" if shards.list_shards(HERE / "edu_fineweb10B", "train") else "demo"
     given = flags.get("preset") or loaded.get("preset")
     config = merge(TrainConfig, PRESETS, given or guess, loaded, flags, fixed)
@@ -326,9 +326,9 @@ def make_config(flags: dict, loaded: dict, fixed: set[str]) -> TrainConfig:
 # --------------------------------------------------------------------------------------------------
 # 4. The machine (0:41:47 device; 1:28:14 TF32; 1:39:38 bfloat16; 1:48:15 compile; 2:46:52 DDP)
 # --------------------------------------------------------------------------------------------------
-# A GPU multiplies matrices much faster than it moves numbers to and from its memory. So smaller
-# numbers and fewer trips to memory make it faster. The lecture's A100, in ms for 16 x 1024 tokens
-# (bench.py climbs the same ladder on your machine):
+# A GPU multiplies matrices much faster than it moves numbers to and from its memory. So numbers
+# with fewer bits and fewer trips to memory make it faster. The lecture's A100, in ms for 16 x 1024
+# tokens (bench.py climbs the same ladder on your machine):
 #
 #     float32       1000   8 bits of exponent, 23 of mantissa
 #     TF32           333   8 and 10 bits, only inside the product: tensor cores can multiply these
@@ -346,7 +346,7 @@ class Runtime:
 
     torchrun starts one process per GPU and tells each its place by three environment variables:
     RANK numbers all processes, LOCAL_RANK those of one machine, and WORLD_SIZE is how many there
-    are. Started by python, a process has none of the three, and is rank 0 of 1.
+    are. Under plain python, a process has none of the three, and is rank 0 of 1.
     """
 
     def __init__(self, device: str, dtype: str):
@@ -375,7 +375,7 @@ class Runtime:
         return torch.autocast(self.device_type, self.dtype) if half else nullcontext()
 
     def sum(self, *values) -> list[float]:
-        """Sum each value, a number or a scalar on the device, over all ranks; agree on `all_stop`.
+        """Sum each value over all ranks. Also sets `all_stop`, if a signal came to any of them.
 
         Python waits here for the GPU and the other ranks, so pass all values in one call.
         """
@@ -406,7 +406,7 @@ class Runtime:
             os._exit(0)
 
     def to_device(self, tokens):
-        """Copy CPU tokens to the device; on a GPU without waiting for it, from pinned memory."""
+        """Copy tokens to the device. From pinned memory, Python need not wait for the copy."""
         if self.device_type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(self.device, non_blocking=self.device_type == "cuda")
@@ -485,7 +485,7 @@ class DataLoaderLite:
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
-    """AdamW for all parameters; or, with --optimizer muon, Muon for the matrices in the blocks.
+    """AdamW for all parameters; with --optimizer muon, Muon takes the matrices in the blocks.
 
     Matrices and embeddings decay. Biases and LayerNorm's gains do not: they only shift and scale.
     """
@@ -517,8 +517,8 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate of the step after which the run has seen `tokens` of `total_tokens`. (If it were
-    the tokens before the step, the first rate would be 0.)"""
+    """The rate for a step, by the tokens seen once it is done: by those seen before it, the first
+    rate would be 0."""
     lowest = config.learning_rate * config.min_lr_ratio
     # A warmup that is longer than the run becomes a third of it.
     warmup = config.warmup_tokens if config.warmup_tokens < total_tokens else total_tokens / 3
@@ -602,7 +602,7 @@ def validate(model, loader, config, runtime) -> dict | None:
     """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte; None
     if the run is to stop. The tokens are the same for any batch and any number of ranks."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
-    nats = torch.zeros((), dtype=runtime.sum_dtype, device=runtime.device)  # added up there
+    nats = torch.zeros((), dtype=runtime.sum_dtype, device=runtime.device)  # so no wait
     count = text_bytes = 0
     B = runtime.micro_batch
     for first in progress(range(runtime.rank * B, end, runtime.world * B), "validation"):
@@ -612,8 +612,8 @@ def validate(model, loader, config, runtime) -> dict | None:
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         tokens = rows[:, 1:].numel()
         count += tokens
-        # The last batch is padded to B rows, or it would be compiled again. The padding is -100,
-        # which the loss ignores as a target; as an input it becomes token 0.
+        # The last batch is padded to B rows: another shape would be compiled anew. The padding is
+        # -100, which the loss ignores as a target; as an input it becomes token 0.
         rows = runtime.to_device(F.pad(rows, (0, 0, 0, B - len(rows)), value=-100))
         with runtime.autocast():
             nats += model(rows[:, :-1].clamp(min=0), rows[:, 1:]) * tokens
@@ -732,15 +732,15 @@ def main(argv: list[str] | None = None) -> None:
         if step == steps or runtime.all_stop:
             break
 
+        began = time.perf_counter()
         model.train()
         torch.manual_seed(hash((config.seed, step, runtime.rank)))  # for dropout, if you add it
-        began = time.perf_counter()
         batch = runtime.to_device(ahead.result())
         ahead = reader.submit(loader.batch, step + 1, config, runtime)
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
         loss, norm = train_step(state, batch, lr, config, runtime)
-        # In float16 norms may overflow until the scale is down to 1. (Without float16 it is 1.)
+        # In float16 an infinite norm is normal until the scale is down to 1, as it is elsewhere.
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             saver.give_up(step, loss, norm)  # raises UserError
         seconds = time.perf_counter() - began
