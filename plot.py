@@ -48,7 +48,8 @@ def read_run(path: Path) -> Run:
         lines = [record for _, record in json_lines(path)]
         settings = lines[0]["settings"]
         settings["data"] = Path(settings["data"]).name
-        kinds = dict.fromkeys(line["kind"] for line in lines if line["kind"] not in NOT_DRAWN)
+        kinds = {line["kind"] for line in lines} - NOT_DRAWN
+        kinds = sorted(kinds, key=lambda kind: (kind != "train", kind == "val"))  # val is on top
         records = {kind: [line for line in lines if line["kind"] == kind] for kind in kinds}
         train = records.get("train")
         if not train or [line["step"] for line in train] != list(range(len(train))):

@@ -76,7 +76,8 @@ def make_run(path, **columns) -> plot.Run:
     steps = [step | {name: columns[name][i] for name in columns} for i, step in enumerate(steps)]
     steps[100:100] = [dict(kind="val", step=100, loss=8.0), dict(kind="resume", settings=settings)]
     header = dict(kind="header", settings=settings, time=1000.0)
-    rows = [header, *steps, dict(kind="val", step=200, loss=7.0), dict(kind="yours", step=9, y=5)]
+    first, last = (dict(kind="val", step=step, loss=loss) for step, loss in ((0, 9.0), (200, 7.0)))
+    rows = [header, first, *steps, last, dict(kind="yours", step=9, y=5)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')
     return plot.read_run(path)
 
@@ -102,7 +103,7 @@ def test_losses_last_values_and_marks_are_where_they_belong(tmp_path):
     panels = draw(runs, ["loss"], ["tokens", "steps", "hours"], marks=[(40, "killed")])
     for panel, mark, half, end in zip(panels, (400, 40, 0.4), (1e3, 100, 1), (2e3, 200, 3)):
         dots = [line.get_xydata() for line in panel.lines if line.get_marker() == "o"]
-        assert np.allclose(dots, [[[half, 8.0], [end, 7.0]]] * 3)
+        assert np.allclose(dots, [[[0, 9.0], [half, 8.0], [end, 7.0]]] * 3)
         assert panel.get_xlim() == pytest.approx((0, end))
         assert [line.get_color() for line in panel.lines[:9:3]] == ["C0", "C0", "C2"]
         assert texts(panel.get_legend()) == ["optimizer adamw", "optimizer muon"]
