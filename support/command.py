@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -112,7 +113,7 @@ def merge(config_class: type, presets: dict, preset: str, loaded: dict, flags: d
     for name, value in flags.items():
         if name in fixed and value != loaded.get(name, value):
             what = f"--{name} {value}: what was loaded has {loaded[name]}"
-            raise UserError(f"{what}; leave the flag out, or start another run")
+            raise UserError(f"{what}; leave the flag out, or start a new run in another --out_dir")
     settings = {**presets[preset], **loaded, **flags, "preset": preset}
     known = {}
     for field in dataclasses.fields(config_class):
@@ -138,11 +139,11 @@ def on_signals(handler: Callable) -> None:
             signal.signal(number, handler)
 
 
-RECEIVED = set()  # the signals that came so far
+RECEIVED = set()  # the signals that a Stop was told of
+WRITING = threading.RLock()  # held while a file is written: see files.whole_file
 
 
 def stop_at_once(number, frame) -> None:
-    RECEIVED.add(number)
     raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}; nothing new was written")
 
 
@@ -180,42 +181,46 @@ class Stop:
                 os.write(1, f"\n{self.signal}: {text}\n".encode())
 
 
-def let_rank_0_speak() -> None:
-    """Wait, on other ranks, before an error is reported.
+def let_others_speak(seconds: float) -> None:
+    """Wait before an error is reported that another rank may have caused, or reports, too.
 
-    Most errors reach every rank, at least as a lost connection to rank 0. Rank 0 reports them, and
-    torchrun ends the others by SIGTERM: before they come here, or while they sleep. A rank that
-    wakes up failed alone.
+    If one has, torchrun ends this rank by SIGTERM, before it comes here or while it sleeps. A rank
+    that wakes up failed alone. A checkpoint that is being written is finished first.
     """
-    if not is_first_rank():
+    with WRITING:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if signal.SIGTERM in RECEIVED:
             signal.raise_signal(signal.SIGTERM)
-        time.sleep(5)
+    time.sleep(seconds)
 
 
 def run_command(name: str, main: Callable, if_out_of_memory="") -> None:
     """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
     sys.stdout.reconfigure(errors="replace")  # Windows may write to a file in an old encoding
     on_signals(stop_at_once)
-    status = 2
+    status, interrupted = 2, False
     try:
         main()
         return
     except KeyboardInterrupt as error:
-        message, status = str(error) or "interrupted", 1
+        message, status, interrupted = str(error) or "interrupted", 1, True
     except UserError as error:
         message = str(error)
     except Exception as error:
         if is_out_of_memory(error):
             message = f"out of memory; {if_out_of_memory}"
-        elif "RANK" in os.environ:
-            message, status = f"an error in the program\n{traceback.format_exc()}", 1
-        else:
+        elif "RANK" not in os.environ:
             raise
-    let_rank_0_speak()
+        else:
+            let_others_speak(1)
+            message = f"an error on rank {os.environ['RANK']}\n{traceback.format_exc().rstrip()}"
+            status = 1
+    if not is_first_rank():  # most errors reach all ranks, at least as a lost connection
+        let_others_speak(5)
     with contextlib.suppress(OSError):  # stderr may be on the disk that is full
         print(f"{name}: {message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:  # torchrun sets it
+        if not interrupted:
+            WRITING.acquire()
         os._exit(status)  # a normal exit may wait for other ranks: see Runtime.close
     sys.exit(status)
