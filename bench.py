@@ -107,7 +107,7 @@ def measure_rung(rung: str, args) -> dict:
         torch.optim.AdamW = lambda *args, fused, **options: adamw(*args, **options)
     torch.manual_seed(config.seed)
     model = GPT(config).to(runtime.device)
-    compiled = "torch.compile" in enabled and machine.can_compile(config.compile, runtime.device)
+    compiled = "torch.compile" in enabled and machine.can_compile(config.compile, runtime)
     if rung == "torch.compile" and not compiled:
         return {"skipped": "needs a working compiler"}
     if compiled:

@@ -703,7 +703,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = count_steps(config, loader.epoch_sequences)
 
     # What trains it, and what the run leaves behind.
-    compiled = all(runtime.gather(machine.can_compile(config.compile, runtime.device)))
+    compiled = machine.can_compile(config.compile, runtime)
     if compiled:  # this compiles model(...) only: samples and HellaSwag call model.hidden
         model.compile(dynamic=False)
     fits = machine.choose_micro_batch(config, model, compiled, saved is not None, runtime)

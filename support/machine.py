@@ -125,16 +125,20 @@ def bfloat16_stream(device_type: str) -> bool:
     return gpu and torch.get_autocast_dtype("cuda") == torch.bfloat16
 
 
-def can_compile(wanted: bool | None, device: torch.device) -> bool:
-    """Whether to use torch.compile: --compile, or whether it finds Triton or a C++ compiler."""
-    if wanted is False or (wanted is None and device.type == "mps"):
+def can_compile(wanted: bool | None, runtime) -> bool:
+    """Whether to use torch.compile: if it is wanted, and finds Triton or a C++ compiler on all
+    ranks. One that cannot would slow the others down."""
+    if wanted is False or (wanted is None and runtime.device_type == "mps"):
         return False
     try:  # to compile something small is the only sure sign
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-        return True
+        torch.compile(torch.sin)(torch.zeros(8, device=runtime.device))
+        works = True
     except Exception:  # each part of the compiler fails with its own type
+        works = False
+    works = all(runtime.gather(works))
+    if not works:
         say("no working compiler for torch.compile: training runs eagerly, and slower")
-        return False
+    return works
 
 
 def peak_memory(device_type: str) -> int:

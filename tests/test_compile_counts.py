@@ -83,7 +83,7 @@ def count(*flags, compiler=None) -> dict:
     with some_hellaswag(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt2.GPT, "compile", compile_and_count)
         patch.setattr(train_gpt2.Runtime, "close", note)
-        patch.setattr(machine, "can_compile", lambda wanted, device: wanted)
+        patch.setattr(machine, "can_compile", lambda wanted, runtime: wanted)
         run_main(*flags)
     return graphs
 
