@@ -1,8 +1,8 @@
 """Reproduce GPT-2 (124M) in one script: the model, the data, the optimizer and the training run.
 
 It follows the lecture "Let's reproduce GPT-2 (124M)" (https://www.youtube.com/watch?v=l8pRSuU81PU).
-Read it from top to bottom: each section uses only what comes before it, and what it imports. Its
-banner names the chapters of the lecture that it covers.
+Read it from top to bottom: each section builds on the ones before it, and its banner names the
+chapters of the lecture that it covers.
 
     python train_gpt2.py                                    # the demo: Shakespeare, 3 to 7 minutes
     python fineweb.py                                       # once: the real data, 20 GB of disk
@@ -59,11 +59,11 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The model's sizes, each of them a flag (section 3). The defaults are GPT-2 (124M)."""
+    """The model's sizes; setting() makes each a field and a flag. Defaults: GPT-2 (124M)."""
 
     seq_len: int = setting(1024, "tokens per sequence", least=1)  # T: how far the model looks back
-    # V: GPT-2 has 50,257 tokens, padded to 393 x 128. Kernels load 16 bytes at a time, 8 numbers in
-    # bfloat16; of rows of 50,257 logits, only every eighth would start at a multiple of that.
+    # V: GPT-2 has 50,257 tokens, padded to 393 x 128. Kernels load aligned blocks of 16 bytes (8
+    # numbers in bfloat16); with 50,257 columns, only every eighth row of logits starts on one.
     vocab_size: int = setting(50304, "vocabulary, with padding", least=shards.VOCAB_SIZE)
     n_layer: int = setting(12, "number of layers", least=1)  # L
     n_head: int = setting(12, "attention heads per layer", least=1)  # H
@@ -153,8 +153,9 @@ class GPT(nn.Module):
         """Initialize the weights from torch's global generator (see torch.manual_seed).
 
         weight                      standard deviation   why
-        of Linear and Embedding     0.02                 GPT-2's code (1 / sqrt(C) = 0.036 makes a
-                                                         Linear's output as large as its input)
+        of Linear and Embedding     0.02                 GPT-2's code; near 1 / sqrt(C) = 0.036, at
+                                                         which a Linear's output is as large as its
+                                                         input
         of c_proj                   0.02 / sqrt(2 L)     GPT-2 paper, 2.3: 2 L of them add to the
                                                          stream, and its variance should not grow
         wpe                         0.02                 the lecture; GPT-2's code has 0.01 here
@@ -189,12 +190,12 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy.
 
-        An untrained model guesses: about ln 50304 = 10.83 (nats). Anything far off means a bug.
+        An untrained model guesses: ln 50304 = 10.83 nats, and 0.1 more. Far off means a bug.
         """
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits
-        # float32: in bfloat16 the loss would be rounded to a multiple of 1/16.
+        # Autocast would compute this in float32 anyway; .float() says so.
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @staticmethod
@@ -242,16 +243,15 @@ def generate(model, prompt, max_new_tokens, samples=4, temperature=1, top_k=50, 
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Settings (2:14:55 section 3, the hyperparameters of GPT-2 and GPT-3)
+# 3. Settings (2:14:55 the hyperparameters of GPT-2 and GPT-3)
 # --------------------------------------------------------------------------------------------------
-# Every setting is one line: a default, a flag, its help and its source; setting() makes the
-# dataclass field that carries these. What wins: first a flag, then what was loaded (by --resume all
-# settings, by --init_from the model's sizes), then the preset, then the default.
+# Every setting is one line: a default, a flag, its help, its source. setting() makes the dataclass
+# field that carries them. First wins: a flag; what was loaded (section 9); the preset; the default.
 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    """The model's sizes, and how to train it. The defaults are the lecture's. Batch, warmup and
+    """The model's sizes, and how to train it. Most defaults are the lecture's. Batch, warmup and
     validation are in tokens, so they mean the same with sequences of any length."""
 
     preset: str = setting("", "what to start from; other flags override it", group="run")
@@ -305,7 +305,7 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2.0e-4, batch_tokens=2**20),
     "gpt3": dict(seq_len=2048),
     "gpt2-muon": dict(optimizer="muon", learning_rate=3.6e-3),  # tried only small (runs/muon-cpu)
-    # Ours: among the best of 14 shapes with three minutes each on a CPU.
+    # Ours: among the best of 14 configurations, 165 s each on a CPU (runs/demo-cpu).
     "demo": dict(n_layer=4, n_head=3, n_embd=96, seq_len=32, batch_tokens=24 * 32, epochs=2.5,
                  learning_rate=4e-3, warmup_tokens=77_000, prompt="First Citizen:\n",
                  sample_every=500, hellaswag_every=0, data=str(HERE / "input.txt"), compile=False),
@@ -331,7 +331,7 @@ def make_config(flags: dict, loaded: dict, fixed: set[str]) -> TrainConfig:
 # tokens (bench.py climbs the same ladder on your machine):
 #
 #     float32       1000   8 bits of exponent, 23 of mantissa
-#     TF32           333   8 and 10 bits, only inside the product: tensor cores can multiply these
+#     TF32           333   8 and 10 bits, only as the input of tensor cores; sums stay in float32
 #     bfloat16       300   8 and 7 bits: float32's range with less precision, so nothing overflows.
 #                          (float16 has 5 and 10: small gradients become 0, so the loss is scaled
 #                          up before backward and the gradients down after it, by a GradScaler)
@@ -356,13 +356,13 @@ class Runtime:
             raise UserError("set all of RANK, LOCAL_RANK and WORLD_SIZE, as torchrun does, or none")
         self.rank, self.local_rank, self.world = map(int, values or (0, 0, 1))
         self.micro_batch = 8  # sequences at a time, until main() has chosen
-        self.stop = Stop()  # an object that becomes true with a signal to this rank
-        self.all_stop = False  # true after a signal to any rank: each call of self.sum finds out
+        self.stop = Stop()  # becomes true when this rank is told to stop (Ctrl-C, SIGTERM, ...)
+        self.all_stop = False  # becomes true when any rank was told to; self.sum() finds out
         self.device = machine.open_device(device, self.local_rank)
         self.device_type = self.device.type
         # bfloat16 where it is fast, float16 on GPUs before Ampere (2020), float32 elsewhere.
         self.dtype = machine.choose_dtype(dtype, self.device)
-        self.sum_dtype = torch.float32 if self.device_type == "mps" else torch.float64
+        self.sum_dtype = torch.float32 if self.device_type == "mps" else torch.float64  # none there
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
         if self.world > 1:  # nccl connects GPUs, gloo CPUs
@@ -375,7 +375,7 @@ class Runtime:
         return torch.autocast(self.device_type, self.dtype) if half else nullcontext()
 
     def sum(self, *values) -> list[float]:
-        """Sum each value over all ranks. Also sets `all_stop`, if a signal came to any of them.
+        """Sum each value over all ranks. Sets `all_stop`, too, if any of them was told to stop.
 
         Python waits here for the GPU and the other ranks, so pass all values in one call.
         """
@@ -422,8 +422,8 @@ class Runtime:
 
 @functools.lru_cache(maxsize=8)  # a shard's order serves 97,656 / 512 = 190 steps
 def order_of(size: int, seed: int | None, epoch: int, part: int) -> np.ndarray:
-    """0 .. size - 1, in an order that depends on the other three alone; seed None: unshuffled."""
-    if seed is None:
+    """0 .. size - 1, shuffled by (seed, epoch, part). Part 0 is the shards, 1 + i is shard i."""
+    if seed is None:  # keep the files' order
         return np.arange(size)
     return np.random.default_rng((seed, epoch, part)).permutation(size)
 
@@ -453,7 +453,7 @@ class DataLoaderLite:
             if left < self.counts[shard]:  # it is in this shard
                 break
             left -= self.counts[shard]  # it comes after this shard
-        order = order_of(self.counts[shard], self.seed, epoch, 1 + shard)  # 0 ordered the shards
+        order = order_of(self.counts[shard], self.seed, epoch, 1 + shard)
         first = order[left] * self.seq_len
         array = self.arrays[shard]
         return shards.check_ids(array[first : first + self.seq_len + 1], array)
@@ -517,8 +517,7 @@ def count_steps(config: TrainConfig, epoch_sequences: int) -> int:
 
 
 def learning_rate(tokens: int, total_tokens: int, config: TrainConfig) -> float:
-    """The rate for a step, by the tokens seen once it is done: by those seen before it, the first
-    rate would be 0."""
+    """The rate of a step. `tokens` includes the step's own, or the first rate would be 0."""
     lowest = config.learning_rate * config.min_lr_ratio
     # A warmup that is longer than the run becomes a third of it.
     warmup = config.warmup_tokens if config.warmup_tokens < total_tokens else total_tokens / 3
@@ -558,13 +557,13 @@ def train_step(state, batch, lr, config, runtime) -> tuple[float, float]:
     """One step -> the mean loss of the whole batch, and the gradient's norm before clipping. If one
     is not finite, the update is skipped: it would destroy the weights."""
     for optimizer in state.optimizers.values():
-        # With DDP, gradients are views of the buckets that the ranks exchange: zeroed, not freed.
+        # DDP's gradients are views of the buffers that it exchanges, so they are zeroed, not freed.
         optimizer.zero_grad(set_to_none=runtime.world == 1)
     inputs, targets = batch[..., :-1], batch[..., 1:]  # (micro-steps, B, T) each
     mean_loss = 0.0
     for m in range(len(batch)):
-        # DDP averages the gradients during backward. Only their sum over the micro-steps is needed,
-        # so all but the last one skip that (no_sync): otherwise each would send all gradients.
+        # DDP averages gradients over the ranks during backward. no_sync() puts that off to the last
+        # micro-step, so they are exchanged once per step instead of once per micro-step.
         last = m == len(batch) - 1
         with nullcontext() if last or runtime.world == 1 else state.ddp.no_sync():
             with runtime.autocast():
@@ -602,7 +601,7 @@ def validate(model, loader, config, runtime) -> dict | None:
     """The mean loss of the first --val_tokens tokens, in nats per token and in bits per byte; None
     if the run is to stop. The tokens are the same for any batch and any number of ranks."""
     end = min(max(1, config.val_tokens // config.seq_len), loader.epoch_sequences)
-    nats = torch.zeros((), dtype=runtime.sum_dtype, device=runtime.device)  # so no wait
+    nats = torch.zeros((), dtype=runtime.sum_dtype, device=runtime.device)
     count = text_bytes = 0
     B = runtime.micro_batch
     for first in progress(range(runtime.rank * B, end, runtime.world * B), "validation"):
@@ -612,8 +611,8 @@ def validate(model, loader, config, runtime) -> dict | None:
         text_bytes += int(shards.token_bytes()[rows[:, 1:].numpy()].sum())
         tokens = rows[:, 1:].numel()
         count += tokens
-        # The last batch is padded to B rows: another shape would be compiled anew. The padding is
-        # -100, which the loss ignores as a target; as an input it becomes token 0.
+        # Pad the last batch to B rows, or torch.compile would compile another shape. The loss skips
+        # targets of -100; as an input, -100 is no token, so clamp turns it into token 0.
         rows = runtime.to_device(F.pad(rows, (0, 0, 0, B - len(rows)), value=-100))
         with runtime.autocast():
             nats += model(rows[:, :-1].clamp(min=0), rows[:, 1:]) * tokens
@@ -634,8 +633,8 @@ def sample(model, config, step, max_new_tokens, runtime) -> dict | None:
 
 
 def score_hellaswag(model, examples, runtime) -> dict | None:
-    """Each rank scores a share. An ending's score is the log-probability of its tokens after the
-    context: their sum (acc) or mean (acc_norm). The best of the four is the model's answer."""
+    """Each rank scores a share. An ending's score is the sum (acc) or mean (acc_norm) of the
+    log-probabilities of its tokens. The best of the four is the model's answer."""
     with runtime.autocast():
         mine = examples[runtime.rank :: runtime.world]
         counts = hellaswag.count_right(model, mine, runtime.stop)
@@ -665,17 +664,18 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         torch.manual_seed(config.seed)
         return config, GPT(GPTConfig(**config.sizes())), None
     network, settings = content["network"], content["settings"]
-    if saved:  # that run goes on, with all its settings
-        loaded, fixed = network | settings, FIXED | set(network)
+    if saved:  # --resume: all of the run's settings
+        loaded = network | settings
+        fixed = set(network) | FIXED
         if "epochs" in flags:  # a new --epochs wins over the old --max_steps
             loaded["max_steps"] = 0
-    else:  # another run of that model; to evaluate it, that run's settings, its data among them
+    else:  # --init_from: only the model's sizes, but with --eval_only the run's settings, too
         loaded = network | settings if flags.get("eval_only") else network
         fixed = set(network)
         if flags.get("seq_len", 0) <= network["seq_len"]:
             fixed.remove("seq_len")  # a model can be trained on sequences shorter than it can read
     config = make_config(flags, loaded, fixed)
-    # The loaded sizes win: the model keeps all its positions. A size that you added is config's.
+    # The loaded sizes win (config.seq_len may be shorter); a size that you added is in config only.
     return config, build(config.sizes() | network, content["model"]), saved
 
 
@@ -718,11 +718,11 @@ def main(argv: list[str] | None = None) -> None:
     runtime.stop.listen()
 
     for step in range(first, steps + 1):  # `step` updates are done
-        if runtime.all_stop:
+        if runtime.all_stop:  # train_step's runtime.sum() found out
             break
         model.eval()
         if due(config.checkpoint_every, step, steps):  # before evaluations, which could fail
-            saver.save(step)  # not at step 0, nor what --resume has just read
+            saver.save(step)  # it skips step 0, and the step that --resume has just loaded
         if due(config.val_every, step, steps):
             log("val", step, validate(model, val_loader, config, runtime))
         if due(config.hellaswag_every, step, steps) and not runtime.all_stop:
@@ -740,7 +740,7 @@ def main(argv: list[str] | None = None) -> None:
         seen = (step + 1) * config.batch_tokens
         lr = learning_rate(seen, steps * config.batch_tokens, config)
         loss, norm = train_step(state, batch, lr, config, runtime)
-        # In float16 an infinite norm is normal until the scale is down to 1, as it is elsewhere.
+        # float16 overflows now and then, until its scale is 1 (the scale of all other dtypes).
         if not math.isfinite(loss) or (not math.isfinite(norm) and state.scaler.get_scale() <= 1):
             saver.give_up(step, loss, norm)  # raises UserError
         seconds = time.perf_counter() - began
