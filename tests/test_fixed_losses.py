@@ -15,9 +15,8 @@ FIXED = json.loads((ROOT / "tests" / "fixed_losses.json").read_text())
 TEXT = shlex.split(
     "--preset demo --n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --batch_tokens 1024"
     " --micro_batch 8 --max_steps 12 --learning_rate 4e-3 --warmup_tokens 3072 --min_lr_ratio 0.1"
-    " --optimizer adamw"
-    " --weight_decay 0.1 --grad_clip 1.0 --seed 1337 --dtype float32 --device cpu --no-compile"
-    " --val_every 6 --val_tokens 2048 --sample_every 0"
+    " --optimizer adamw --weight_decay 0.1 --grad_clip 1.0 --seed 1337 --dtype float32"
+    " --device cpu --no-compile --val_every 6 --val_tokens 2048 --sample_every 0"
 )
 SHARDS = [*TINY, "--data", "shards", "--max_steps", 14, "--learning_rate", 3e-3, "--seed", 5]
 SHARDS += ["--warmup_tokens", 1280, "--weight_decay", 0.3, "--grad_clip", 0.5, "--micro_batch", 2]
