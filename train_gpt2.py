@@ -190,7 +190,7 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> mean cross-entropy.
 
-        An untrained model guesses: ln 50304 = 10.83 nats, and 0.1 more. Far off means a bug.
+        An untrained model guesses: ln 50304 = 10.83 nats, or a bit more. Anything far off is a bug.
         """
         logits = self.lm_head(self.hidden(tokens))  # (B, T, C) -> (B, T, V)
         if targets is None:
@@ -362,7 +362,8 @@ class Runtime:
         self.device_type = self.device.type
         # bfloat16 where it is fast, float16 on GPUs before Ampere (2020), float32 elsewhere.
         self.dtype = machine.choose_dtype(dtype, self.device)
-        self.sum_dtype = torch.float32 if self.device_type == "mps" else torch.float64  # none there
+        # Sums are float64, which mps lacks.
+        self.sum_dtype = torch.float32 if self.device_type == "mps" else torch.float64
         if self.device_type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
         if self.world > 1:  # nccl connects GPUs, gloo CPUs
@@ -497,10 +498,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Op
         matrices = [p for p in decay if p in in_blocks]
         decay = [p for p in decay if p not in in_blocks]
         optimizers["Muon"] = muon.Muon(matrices, config.learning_rate, config.weight_decay)
-    groups = [
-        dict(params=decay, weight_decay=config.weight_decay),
-        dict(params=no_decay, weight_decay=0.0),
-    ]
+    groups = [dict(params=decay, weight_decay=config.weight_decay)]
+    groups += [dict(params=no_decay, weight_decay=0.0)]
     adamw = dict(betas=(0.9, 0.95), eps=1e-8, fused=True)  # GPT-3 paper, appendix B
     optimizers["AdamW"] = torch.optim.AdamW(groups, config.learning_rate, **adamw)
     return optimizers
@@ -675,7 +674,8 @@ def load_settings(flags: dict) -> tuple[TrainConfig, GPT, dict | None]:
         if flags.get("seq_len", 0) <= network["seq_len"]:
             fixed.remove("seq_len")  # a model can be trained on sequences shorter than it can read
     config = make_config(flags, loaded, fixed)
-    # The loaded sizes win (config.seq_len may be shorter); a size that you added is in config only.
+    # The loaded sizes win (config.seq_len may be shorter). A size that you have added since the
+    # checkpoint is in config only.
     return config, build(config.sizes() | network, content["model"]), saved
 
 
