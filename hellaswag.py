@@ -258,7 +258,7 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
     for example in examples:
         context = crop(example, model.config.seq_len).context
         rows += [(len(rows) + i, context, ending) for i, ending in enumerate(example.endings)]
-    rows.sort(key=lambda row: len(row[1] + row[2]), reverse=True)  # like with like
+    rows.sort(key=lambda row: len(row[1] + row[2]), reverse=True)
     tokens = torch.zeros(len(rows), len(rows[0][1] + rows[0][2]), dtype=torch.long)  # padded
     # Plan all batches first. An entry is a token to predict: its place in its batch, its id, and
     # the number of its ending.

@@ -93,8 +93,8 @@ def test_every_compiled_gradient_is_that_of_eager_float32(
     precision, dtype, limit, ddp, device="cuda", sequences=8, bucket=25, **shape
 ):
     """The pinned torch can make wrong backward code (pytorch#193061), and the loss does not show
-    it. An H200 was 2.5e-6 away in float32 and 1.1% in bfloat16. DDP cuts the network into 14 graphs
-    (computed), at its buckets."""
+    it. An H200 was 2.5e-6 away in float32 and 1.1% in bfloat16. DDP cuts the network into 14
+    graphs, at its buckets."""
     here = Training(device, dtype="float32", **shape)
     with torch.no_grad():
         for parameter in here.model.parameters():  # also biases, which start as 0
