@@ -1,13 +1,16 @@
 """What the tests share: the command as users run it, small inputs, and readers of its records."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,7 +18,6 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train_gpt2.py"
 
 # A network and a run that take a second: the vocabulary is the only big thing in it.
 TINY = shlex.split(
@@ -45,6 +47,25 @@ def run(folder: Path, *flags, script="train_gpt2.py", processes=1, **environment
     return subprocess.run(command(script, flags, processes), **how, check=False)
 
 
+def run_here(folder: Path, *flags, script="train_gpt2.py"):
+    """`run` in this process, where torch is warm, which saves four seconds of importing it."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    status, words = 0, [str(ROOT / script), *map(str, flags)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(patch.object(sys, "argv", words))
+        stack.enter_context(patch("support.command.on_signals"))  # pytest's stay
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.callback(release_locks)
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(words, status, stdout, stderr)
+
+
 def start(folder: Path, *flags, script="train_gpt2.py", processes=1, torchrun=(), **environment):
     """Start a command in a process group of its own -> subprocess.Popen, its output in one pipe."""
     how = options(folder, environment) | dict(stderr=subprocess.STDOUT, start_new_session=True)
@@ -59,21 +80,12 @@ def one_line(done, says: str) -> str:
     return lines[0]
 
 
-def run_all(folder: Path, jobs: dict[str, dict]) -> dict[str, subprocess.CompletedProcess]:
-    """Runs by name, two at a time: {"flags": [...], "processes": 1, ...} each, all successful.
-
-    Each has its name as --out_dir.
-    """
-
-    def one(item):
-        name, job = item
-        job = dict(job)
-        done = run(folder, *job.pop("flags"), "--out_dir", name, **job)
-        assert done.returncode == 0, f"{name}: {done.stdout}\n{done.stderr}"
-        return name, done
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(one, jobs.items()))
+def train(folder: Path, out_dir: str, *flags, processes=1) -> subprocess.CompletedProcess:
+    """A run that must succeed: in this process, or of several by torchrun."""
+    flags = *flags, "--out_dir", out_dir
+    done = run_here(folder, *flags) if processes == 1 else run(folder, *flags, processes=processes)
+    assert done.returncode == 0, f"{out_dir}: {done.stdout}\n{done.stderr}"
+    return done
 
 
 def records(folder: Path, kind: str) -> list[dict]:

@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, run
+from helpers import TINY, run, run_here
 from matplotlib.figure import Figure
 
 import bench
@@ -33,7 +33,7 @@ def test_the_command_measures_and_plots_the_first_rungs(tmp_path):
     for rung in result["rungs"]:
         assert rung["tokens_per_second"] == pytest.approx(2 * 32 / rung["ms"] * 1000)
         assert rung["name"] in done.stdout and rung["mfu"] is None and rung["memory"] > 2e8
-    done = run(tmp_path, "b.json", "--out", "b.png", script="plot.py")
+    done = run_here(tmp_path, "b.json", "--out", "b.png", script="plot.py")
     assert matplotlib.image.imread(tmp_path / "b.png").std() > 0.05, done.stderr
 
 
@@ -145,7 +145,7 @@ def test_any_logged_value_is_drawn_and_smoothed_around_its_steps(tmp_path):
 
 
 def test_the_command_draws_a_real_run_and_refuses_what_is_none(tmp_path, monkeypatch):
-    run(tmp_path, *TINY, "--val_every", 2, "--val_tokens", 160)
+    run_here(tmp_path, *TINY, "--val_every", 2, "--val_tokens", 160)
     with open(tmp_path / "log/metrics.jsonl", "ab") as file:
         file.write(b'\0\xff\n{"kind": "val", "st')  # after a power cut, and while it grows
     flags = ["--y", "loss", "lr", "bits_per_byte", "--x", "hours", "--mark", "2=killed"]

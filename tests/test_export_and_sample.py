@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import one_line, run, start
+from helpers import one_line, run, run_here, start
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from sample import show_as_drawn
@@ -62,7 +62,7 @@ def test_others_load_the_folder(folder, model):
     write = pipeline("text-generation", path)
     (text,) = write(PROMPT, do_sample=False)  # it ends where the context does
     assert text["generated_text"] == greedy(model, 24 - len(shards.encode_prompt(PROMPT)))
-    one_line(run(folder, "log", "my-gpt2", script="export.py"), "my-gpt2 has files in it")
+    one_line(run_here(folder, "log", "my-gpt2", script="export.py"), "my-gpt2 has files in it")
 
 
 def test_a_changed_network_is_not_exported(tmp_path):
@@ -81,16 +81,16 @@ def test_sample(folder, model):
     """The run's own prompt, from any kind of model, and beyond the context of 24 tokens."""
     flags = ["--temperature", 0, "--max_new_tokens", 40]
     for source in ("log", "my-gpt2"):  # test_eval_only has a file
-        done = run(folder, "--model", source, "--prompt", PROMPT, *flags, script="sample.py")
+        done = run_here(folder, "--model", source, "--prompt", PROMPT, *flags, script="sample.py")
         assert (done.returncode, done.stdout) == (0, greedy(model, 40) + "\n"), done.stderr
     done = run(folder, *flags[2:], "--samples", 3, "--seed", 5, script="sample.py")
     texts = done.stdout.removesuffix("\n").split("\n---\n")
     assert "train_gpt2.py has changed since the checkpoint" in done.stderr
     rows = generate(model, shards.encode_prompt(PROMPT), 40, samples=3, seed=5).tolist()
     assert texts == [shards.decode(row) for row in rows] and len(set(texts)) == 3
-    done = run(folder, "--model", "nothing", script="sample.py")
+    done = run_here(folder, "--model", "nothing", script="sample.py")
     one_line(done, "nothing is not a checkpoint.* gpt2-xl")
-    one_line(run(folder, "--top_k", 0, script="sample.py"), "--top_k 0: it must be at least 1")
+    one_line(run_here(folder, "--top_k", 0, script="sample.py"), "--top_k 0: it must be at least 1")
 
 
 def test_text_appears_as_it_is_drawn(folder):

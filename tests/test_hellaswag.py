@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import one_line, run, their_model, their_tokenizer
+from helpers import one_line, run, run_here, their_model, their_tokenizer
 
 import hellaswag
 import train_gpt2
@@ -192,7 +192,7 @@ def test_the_command(tmp_path):
     # A folder with the name of a published model, in the working folder, wins over it.
     _, theirs = make_models(tmp_path / "gpt2")
     flags = ["--model", "gpt2", "--data", FILE, "--device", "cpu"]
-    done = run(tmp_path, *flags, "--show", 1, script="hellaswag.py")
+    done = run_here(tmp_path, *flags, "--show", 1, script="hellaswag.py")
     examples = hellaswag.read_examples(FILE)
     sums, counts = brute_force(theirs, examples)
     losses = (-sums[0] / torch.tensor(examples[0].lengths)).tolist()
@@ -206,4 +206,5 @@ def test_the_command(tmp_path):
     done = run(tmp_path, *flags, *more, script="hellaswag.py", processes=2)
     _, counts = brute_force(theirs, hellaswag.read_examples(FILE, harness=True)[:9])
     assert done.stdout == f"{last_line(*counts)}\n"
-    one_line(run(tmp_path, "--data", "absent", script="hellaswag.py"), "absent.*No such file")
+    done = run_here(tmp_path, "--data", "absent", script="hellaswag.py")
+    one_line(done, "absent.*No such file")

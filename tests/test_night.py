@@ -14,7 +14,18 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from helpers import command, losses, make_shards, one_line, records, release_locks, run
+from helpers import (
+    command,
+    losses,
+    make_shards,
+    one_line,
+    options,
+    records,
+    release_locks,
+    run,
+    run_here,
+    train,
+)
 from night import LONG, RUN, STEPS, copy, facts, night, recorded, wait_for
 
 from support import checkpoint
@@ -26,8 +37,7 @@ def quiet(tmp_path_factory) -> Path:
     """A folder with shards and the run `quiet`, which nothing disturbed."""
     folder = tmp_path_factory.mktemp("night")
     make_shards(folder / "shards")
-    done = run(folder, *RUN, "--out_dir", "quiet")
-    assert done.returncode == 0, done.stderr
+    train(folder, "quiet", *RUN)
     return folder
 
 
@@ -46,8 +56,7 @@ def test_signal_then_resume(quiet, name):
     steps = len(losses(folder))
     assert torch.load(max(folder.glob("*.pt")), weights_only=True)["step"] == steps < STEPS
     if name == "SIGTERM":  # for one of them to the end
-        done = run(quiet, *RUN, "--out_dir", name, "--resume")
-        assert done.returncode == 0, done.stderr
+        train(quiet, name, *RUN, "--resume")
         assert facts(folder) == facts(quiet / "quiet")
 
 
@@ -172,12 +181,11 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     would move the data or reshape the model."""
     folder = copy(quiet, "more")
     for flag, value in (("--seq_len", 8), ("--optimizer", "muon")):
-        refused = run(quiet, "--out_dir", "more", "--resume", flag, value)
+        refused = run_here(quiet, "--out_dir", "more", "--resume", flag, value)
         one_line(refused, f"{flag} {value}: ")
     taken = ["--max_steps", 165, "--micro_batch", 2, "--checkpoint_every", 1]
     taken += ["--weight_decay", 0.25, "--val_every", 50]
-    taken = run(quiet, "--out_dir", "more", "--resume", *taken)
-    assert taken.returncode == 0, taken.stderr
+    taken = train(quiet, "more", "--resume", *taken)
     assert "resuming from" in taken.stdout and len(losses(folder)) == 165
     content = torch.load(max(folder.glob("*.pt")), weights_only=True)
     assert [group["weight_decay"] for group in content["AdamW"]["param_groups"]] == [0.25, 0.0]
@@ -189,7 +197,7 @@ def test_resume_takes_settings_from_the_checkpoint(quiet):
     assert kept == sorted({best, 164, 165}), "the best, and the newest two"
     for kind in ("val", "sample"):  # both were due at 160, and samples are due again
         assert [record["step"] for record in records(folder, kind)][-3:] == [80, 160, 165]
-    anew = run(quiet, *RUN, "--out_dir", "more")
+    anew = run_here(quiet, *RUN, "--out_dir", "more")
     assert anew.returncode == 2 and "--resume" in anew.stderr and len(losses(folder)) == 165
 
 
@@ -200,7 +208,7 @@ def test_what_a_folder_goes_through(quiet):
     shutil.copy(folder / "checkpoint_0000120.pt", folder / "checkpoint_best.pt")
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b"\0\xff" * 100 + b"\n")
-    done = run(quiet, "--resume")
+    done = run_here(quiet, "--resume")
     assert done.returncode == 0 and "checkpoint_0000120.pt" in done.stdout, done.stderr
     assert facts(folder) == facts(quiet / "quiet")
     assert (folder / "checkpoint_best.pt").exists()
@@ -221,7 +229,7 @@ def test_damaged_checkpoints(quiet, capsys):
     release_locks()
     for path in folder.glob("checkpoint_*.pt"):
         path.write_bytes(half)
-    done = run(quiet, "--out_dir", folder.name, "--resume")
+    done = run_here(quiet, "--out_dir", folder.name, "--resume")
     assert "no checkpoint in damaged_flipped is whole" in done.stderr
     assert len(losses(folder)) == STEPS, "nothing is lost"
 
@@ -230,7 +238,7 @@ def test_divergence_stops_before_the_update(quiet):
     """A loss that is not finite: one line with the step, and the last good checkpoint stays."""
     folder = copy(quiet, "diverged")
     flags = ["--learning_rate", 1e30, "--min_lr_ratio", 1, "--grad_clip", 0, "--max_steps", 170]
-    done = run(quiet, "--resume", "--checkpoint_every", 1, "--out_dir", "diverged", *flags)
+    done = run_here(quiet, "--resume", "--checkpoint_every", 1, "--out_dir", "diverged", *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
     newest = max(folder.glob("checkpoint_*.pt"))
@@ -247,7 +255,7 @@ def test_full_disk(quiet):
     limit = 'ulimit -f 2000; exec "$@"'  # blocks of 1 KiB: enough for records, not for a checkpoint
     resumed = command("train_gpt2.py", ["--out_dir", "full", "--resume", "--max_steps", 240])
     resumed = ["bash", "-c", limit, "bash", *resumed]
-    done = subprocess.run(resumed, cwd=quiet, capture_output=True, text=True, check=False)
+    done = subprocess.run(resumed, **options(quiet, {}), stderr=subprocess.PIPE, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "checkpoint_0000240.pt NOT written" in done.stderr
     assert "checkpoint_0000200.pt NOT written" in done.stdout, "each failure is reported"
@@ -287,5 +295,5 @@ def test_nothing_that_is_loaded_runs(quiet):
         ["--init_from", "evil.pt", "--eval_only"],
         [*RUN, "--data", "evil_shards", "--out_dir", "evil_too"],
     ):
-        one_line(run(quiet, *flags), "evil")
+        one_line(run_here(quiet, *flags), "evil")
         assert not (quiet / "it_ran").exists()
