@@ -85,7 +85,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, metavar="FILE", help="score the records in FILE, any number of them")
     add("--split", choices=list(RECORDS), default="val", help="part of HellaSwag (default: val)")
     add("--limit", metavar="N", type=int, help="score only the first N records")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: cuda, else cpu)")
     add("--harness", action="store_true", help="score as lm-evaluation-harness does")
     add("--show", metavar="N", type=int, default=0, help="print the first N examples with losses")
     args = parser.parse_args(argv)

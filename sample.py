@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--temperature", type=float, default=1.0, help="below 1, likely tokens are likelier (1)")
     add("--top_k", type=int, default=50, help="draw from so many tokens (default: %(default)s)")
     add("--seed", type=int, default=42, help="another seed gives other texts")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best available)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: cuda, else cpu)")
     args = parser.parse_args(argv)
     for name, least in dict(samples=1, max_new_tokens=1, top_k=1, temperature=0).items():
         if not getattr(args, name) >= least:

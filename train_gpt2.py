@@ -281,7 +281,7 @@ class TrainConfig(GPTConfig):
     hellaswag_every: int = setting(250, "steps between HellaSwag scores; 0: never")  # the lecture
     checkpoint_every: int = setting(250, "steps between checkpoints; 0: one at the end")  # ours
 
-    device: str = setting("auto", "cuda, mps or cpu; auto: the best", group="machine")
+    device: str = setting("auto", "cuda, mps or cpu; auto: cuda, else cpu", group="machine")
     dtype: str = setting("auto", "matmul precision", choices="auto bfloat16 float16 float32")
     compile: bool | None = setting(None, "use torch.compile; by default, if a compiler works")
 

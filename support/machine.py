@@ -6,8 +6,8 @@ train_gpt2.py asks these questions; the lecture has one machine and knows the an
 import ctypes
 import platform
 import re
+import shutil
 import sys
-from pathlib import Path
 
 import torch
 
@@ -41,8 +41,6 @@ PEAK_TFLOPS = {
     "V100": 125,
     "T4": 65,
 }
-
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # on Linux
 
 
 def device_name(device: torch.device) -> str:
@@ -85,14 +83,16 @@ def utilization(model, seq_len: int, tokens_per_second: float, dtype: torch.dtyp
 def open_device(name: str, local_rank: int) -> torch.device:
     """The device of this process; of GPUs, the one of its number. Raises UserError.
 
-    "auto" is a GPU of NVIDIA's or AMD's ("cuda"), of Apple's ("mps"), or the CPU.
+    "auto" is a GPU of NVIDIA's or AMD's ("cuda"), or the CPU. Apple's GPU ("mps") must be asked
+    for: on M1 and M2, torch 2.13 can add to a sum of 32,767 products or more what lies behind the
+    matrices in memory (pytorch#193487, #195163). Backward of lm_head has sums of 50,304.
     """
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if NVIDIA_DRIVER.exists():
-            say("torch cannot use the NVIDIA GPU that is here; --device cuda says why")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and shutil.which("nvidia-smi"):
+            say("torch cannot use an NVIDIA GPU here; --device cuda says why")
+    if name == "mps":
+        say("warning: on M1 and M2, torch 2.13 multiplies some matrices wrongly (pytorch#193487)")
     with explain(f"--device {name} cannot be used"):
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         if device.type == "cuda":
@@ -159,7 +159,7 @@ def keep_freed_memory() -> bool:
     By default it returns them to the kernel, and every step pays for new pages (runs/bench-cpu).
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
-    glibc = platform.libc_ver()[0] == "glibc"
+    glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     if glibc:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
