@@ -276,7 +276,7 @@ class Saver:
         aside, as *.bad: it was written before they were tried."""
         self.writing.result()  # it may still be on its way
         if self.rank == 0 and self.path(step).exists():
-            self.path(step).rename(self.path(step).with_suffix(".bad"))
+            self.path(step).replace(self.path(step).with_suffix(".bad"))
         last = (files(self.folder) or ["none"])[-1]
         what = f"loss {loss} and gradient norm {norm} at step {step}; last good checkpoint: {last}"
         hint = "try --resume with --dtype float32 or a lower --learning_rate"

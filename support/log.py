@@ -46,9 +46,12 @@ def describe_run(config, steps, model, compiled, loader, runtime) -> dict:
         f"{passes:.2g} passes over {tokens:,} tokens\n"
         f"warmup: {warmup:,} steps{shortened}"
     )
-    here = Path(__file__).parent
-    options = dict(cwd=here, shell=True, capture_output=True, text=True)
-    git = subprocess.run("git describe --always --dirty", **options, check=False)
+    root = Path(__file__).parent.parent
+    revision = None
+    if (root / ".git").exists():  # without one, a Mac would ask to install git
+        quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, shell=True, text=True)
+        git = subprocess.run("git describe --always --dirty", cwd=root, **quiet, check=False)
+        revision = git.stdout.strip() or None  # None where git is not installed
     return dict(
         command=shlex.join(sys.argv),
         settings=dataclasses.asdict(config),
@@ -61,7 +64,7 @@ def describe_run(config, steps, model, compiled, loader, runtime) -> dict:
             kind=runtime.device_type, name=device_name(runtime.device), processes=runtime.world
         ),
         dtype=dtype,
-        revision=git.stdout.strip() or None,  # None without git or a repository
+        revision=revision,
         source=checkpoint.source(),
     )
 
