@@ -95,6 +95,8 @@ def test_every_compiled_gradient_is_that_of_eager_float32(
     """The pinned torch can make wrong backward code (pytorch#193061), and the loss does not show
     it. An H200 was 2.5e-6 away in float32 and 1.1% in bfloat16. DDP cuts the network into 14
     graphs, at its buckets."""
+    if dtype == "bfloat16" and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the compiler has no bfloat16 for this GPU, and nor has training")
     here = Training(device, dtype="float32", **shape)
     with torch.no_grad():
         for parameter in here.model.parameters():  # also biases, which start as 0
@@ -160,7 +162,8 @@ def test_triton_compiles_twice_with_hellaswag_and_samples(tmp_path, device="cuda
     compiled, eager = losses(tmp_path / "compiled"), losses(tmp_path / "eager")
     print(f"compiled and eager losses are {apart(compiled, eager):.0e} apart")
     assert records(tmp_path / "compiled", "header")[0]["compiled"]
-    assert found == EXPECTED and apart(compiled, eager) < 1e-2
+    assert found == EXPECTED | {"validation batches": 3 * 3}
+    assert apart(compiled, eager) < 1e-2
 
 
 @pytest.mark.parametrize("sequences, compiled", [(16, True), (0, True), (0, False)])
