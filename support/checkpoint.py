@@ -244,6 +244,7 @@ class Saver:
     def write(self, content: dict) -> str:
         """Write a checkpoint, and keep the one before it and the best -> what went wrong, or ""."""
         path = self.path(content["step"])
+        failure, spare = "", []
         size = room = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
@@ -259,14 +260,15 @@ class Saver:
             with whole_file(path) as file:
                 torch.save(content, file)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-            why = f"the disk has only {room / 1e9:.2f} GB left" if room < size else ""
-            failure = f"{path} NOT written: {why or first_line(error)}"
+            why = first_line(error.__context__ or error)  # torch hides the system's error
+            if room < size:
+                why = f"the disk has only {room / 1e9:.2f} GB left"
+            failure = f"{path} NOT written: {why}"
             say(failure)
-            return failure
-        for old in spare:
+        for old in spare:  # after a failure, too: if a quota is used up, the next one finds room
             with contextlib.suppress(OSError):  # the new one is whole all the same
                 old.unlink()
-        return ""
+        return failure
 
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint_{step:07d}.pt"

@@ -52,12 +52,12 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """A device's operations per second by its data sheet.
 
-    None if it is not in PEAK_TFLOPS (a Laptop, Ti or D is another chip), and in float32, which has
-    another peak.
+    None if it is not in PEAK_TFLOPS (a Laptop, Ti or D is another chip, and MIG a part of one), and
+    in float32, which has another peak.
     """
     this = device_name(device)
     for name, tflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", this) and dtype != torch.float32:
+        if re.search(rf"\b{name}\b(?! (Ti|D|Laptop)|.* MIG )", this) and dtype != torch.float32:
             return 1e12 * tflops
     return None
 

@@ -131,6 +131,25 @@ def test_a_last_checkpoint_that_failed_is_tried_again(tmp_path, monkeypatch):
     assert checkpoint.newest(tmp_path)["step"] == 7
 
 
+def test_a_quota(tmp_path, monkeypatch):
+    """The disk has room, but not for this user: the failure is named, the next one finds room."""
+    full = saver(tmp_path)
+    for step in (1, 2, 3):
+        full.save(step)
+
+    def torch_s(content, file):
+        try:
+            raise OSError("Disk quota exceeded")
+        finally:
+            raise RuntimeError("enforce fail: unexpected pos 704 vs 598")
+
+    assert full.writing.result() == ""
+    monkeypatch.setattr(torch, "save", torch_s)
+    full.save(4)
+    assert full.writing.result().endswith("checkpoint_0000004.pt NOT written: Disk quota exceeded")
+    assert [checkpoint.step_of(path) for path in checkpoint.files(tmp_path)] == [3]
+
+
 def test_the_best_checkpoint_stays(tmp_path, capsys, monkeypatch):
     """Beside the newest two; OUT_DIR/best names it. Where a third has no room, it stays, too."""
     full = saver(tmp_path)
