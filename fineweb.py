@@ -36,6 +36,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -221,9 +222,12 @@ def open_hub(dataset: str, config: str, revision: str | None, field: str) -> lis
             for batch in file.iter(texts.BATCH_ROWS):
                 yield from texts.column_values(batch[field])
 
-    with explain(f"{dataset} {config} cannot be opened"):
-        rows = load_dataset(dataset, config, split="train", streaming=True, revision=revision)
-        rows = rows.select_columns([field])
+    say(f"opening {dataset} {config}")
+    # With an empty cache: if the hub is down, load_dataset would take a copy that it finds there,
+    # of any revision and in other parts.
+    with explain(f"{dataset} {config} cannot be opened"), tempfile.TemporaryDirectory() as empty:
+        options = dict(split="train", streaming=True, revision=revision, cache_dir=empty)
+        rows = load_dataset(dataset, config, **options).select_columns([field])
         return [functools.partial(read, part) for part in range(rows.num_shards)]
 
 
@@ -388,7 +392,7 @@ def build(args: argparse.Namespace) -> None:
         from huggingface_hub import HfApi
 
         with explain(f"--dataset {args.dataset}: the hub does not answer"):
-            revision = HfApi().dataset_info(args.dataset).sha  # the newest
+            revision = HfApi().dataset_info(args.dataset, timeout=60).sha  # the newest
     settings = {
         "source": [path.as_posix() for path in files] or [args.dataset, args.config],
         "contents": contents,
