@@ -11,17 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    TINY,
-    losses,
-    make_shards,
-    one_line,
-    records,
-    run_here,
-    start,
-    their_model,
-    train,
-)
+from helpers import TINY, losses, make_shards, one_line, run_here, start, their_model, train
 from night import LONG, recorded, wait_for
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
@@ -203,7 +193,7 @@ def test_evaluations_are_left_early(folder):
     said = process.communicate(timeout=20)[0]
     assert process.returncode == 0, said
     assert "SIGINT: stopping after this step" in said and "no checkpoint yet" in said
-    assert not records(folder / "log", "val")
+    assert not losses(folder / "log", "val").size
 
 
 def test_a_signal_before_the_first_step(folder):
