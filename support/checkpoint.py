@@ -13,6 +13,7 @@ After a signal to torchrun itself the ranks have 30 seconds (--shutdown-timeout)
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -259,13 +260,16 @@ class Saver:
                 os.fsync(records)  # after a power cut, no record before the checkpoint is missing
             with whole_file(path) as file:
                 torch.save(content, file)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-            why = first_line(error.__context__ or error)  # torch hides the system's error
-            if room < size:
-                why = f"the disk has only {room / 1e9:.2f} GB left"
-            failure = f"{path} NOT written: {why}"
+        except (OSError, RuntimeError) as error:
+            # torch hides the system's error behind a RuntimeError.
+            cause = (isinstance(error, RuntimeError) and error.__context__) or error
+            why = f"the disk has only {room / 1e9:.2f} GB left" if room < size else ""
+            failure = f"{path} NOT written: {why or first_line(cause)}"
             say(failure)
-        for old in spare:  # after a failure, too: if a quota is used up, the next one finds room
+            if getattr(cause, "errno", None) != errno.EDQUOT:
+                return failure
+            # A quota, which disk_usage does not know, is used up: make room for the next one.
+        for old in spare:
             with contextlib.suppress(OSError):  # the new one is whole all the same
                 old.unlink()
         return failure

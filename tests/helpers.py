@@ -1,6 +1,7 @@
 """What the tests share: the command as users run it, small inputs, and readers of its records."""
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -48,20 +50,26 @@ def run(folder: Path, *flags, script="train_gpt2.py", processes=1, **environment
 
 
 def run_here(folder: Path, *flags, script="train_gpt2.py"):
-    """`run` in this process, where torch is warm, which saves four seconds of importing it."""
+    """`run` in this process, where torch is warm: it saves four seconds, and may take 300."""
     out, err = io.StringIO(), io.StringIO()  # like a notebook's
     status, words = 0, [str(ROOT / script), *map(str, flags)]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.chdir(folder))
-        stack.enter_context(patch.object(sys, "argv", words))
-        stack.enter_context(patch("support.command.on_signals"))  # pytest's stay
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        stack.callback(release_locks)
+    with (
+        contextlib.chdir(folder),
+        patch.object(sys, "argv", words),
+        patch("support.command.on_signals"),  # pytest's stay
+        warnings.catch_warnings(record=True) as warned,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        faulthandler.dump_traceback_later(300, exit=True, file=sys.__stderr__)
         try:
             runpy.run_path(words[0], run_name="__main__")
         except SystemExit as end:
             status = end.code
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            release_locks()
+    err.writelines(f"{warning.message}\n" for warning in warned)
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 

@@ -1,6 +1,7 @@
 """The command: its settings, its records, --eval_only, and one line for every bad input."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -42,10 +43,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def command(folder):
-    def call(*flags, data="shards"):
-        return run_here(folder, *TINY, "--data", data, "--out_dir", "unused", *flags)
-
-    return call
+    flags = [*TINY, "--data", "shards", "--out_dir", "unused"]  # what comes after them wins
+    return functools.partial(run_here, folder, *flags)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,7 +119,8 @@ def test_eval_only(folder, command):
 
 def test_published_names_and_texts(folder, command):
     """--init_from gpt2, from a folder of that name; --data may be a text; --prompt may be empty."""
-    done = command("--eval_only", "--init_from", "given", "--prompt", "", data="text.txt")
+    flags = ["--eval_only", "--init_from", "given", "--prompt", ""]
+    done = command(*flags, "--data", "text.txt")
     assert done.returncode == 0 and "validation loss" in done.stdout
     flags = ["--init_from", "gpt2", "--eval_only", "--data", folder / "text.txt"]
     done = run_here(folder / "offline", *flags, "--preset", "demo", "--device", "cpu")

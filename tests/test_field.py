@@ -126,11 +126,14 @@ def test_a_number_of_ranks_that_does_not_divide_the_batch(folder):
 
 
 @pytest.mark.parametrize("names", [["RANK"], ["WORLD_SIZE", "LOCAL_RANK"]])
-def test_half_of_torchruns_variables(names, monkeypatch):
+def test_half_of_torchruns_variables(folder, names, monkeypatch):
     for name in names:
         monkeypatch.setenv(name, "0")
     with pytest.raises(UserError, match="all of RANK, LOCAL_RANK and WORLD_SIZE"):
         Runtime("cpu", "float32")
+    if "RANK" in names:  # which is asked for elsewhere, too
+        said = start(folder, *TINY).communicate(timeout=60)[0]
+        assert said.count("\n") == 2 and "train_gpt2.py: set all of RANK" in said
 
 
 # --------------------------------------------------------------------------------------------------

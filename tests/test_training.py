@@ -6,16 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    TINY,
-    checkpoint,
-    losses,
-    make_shards,
-    records,
-    their_model,
-    their_twin,
-    train,
-)
+from helpers import TINY, checkpoint, losses, make_shards, records, their_model, their_twin, train
 from night import facts
 
 from support.shards import gpt2_tokenizer, open_data
