@@ -197,7 +197,7 @@ def let_others_speak(seconds: float) -> None:
 def run_command(name: str, main: Callable, if_out_of_memory="") -> None:
     """Run a command's `main`. An error that the user can fix ends it in one line, with status 2."""
     with contextlib.suppress(AttributeError):  # a notebook's stdout has no such method
-        sys.stdout.reconfigure(errors="replace")  # Windows may write to a file in an old one
+        sys.stdout.reconfigure(errors="replace")  # Windows may write in an old encoding
     on_signals(stop_at_once)
     status, interrupted = 2, False
     try:
