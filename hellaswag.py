@@ -260,7 +260,8 @@ def log_probabilities(model, examples: list[Example], stop=False) -> torch.Tenso
         context = crop(example, model.config.seq_len).context
         rows += [(len(rows) + i, context, ending) for i, ending in enumerate(example.endings)]
     rows.sort(key=lambda row: len(row[1] + row[2]), reverse=True)
-    # Padded with token 0. By NumPy, because torch takes twice as long to read so many lists.
+    # Padded with token 0. NumPy, because torch is slow to read lists: the plan would take twice as
+    # long, and the GPU waits for it.
     tokens = np.zeros((len(rows), len(rows[0][1] + rows[0][2])), np.int64)
     # Plan all batches first. An entry is a token to predict: its place in its batch, its id, and
     # the number of its ending.

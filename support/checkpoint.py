@@ -270,7 +270,7 @@ class Saver:
                 return failure
             # A quota, which disk_usage does not know, is used up: make room for the next one.
         for old in spare:
-            with contextlib.suppress(OSError):  # the new one is whole all the same
+            with contextlib.suppress(OSError):  # whatever happens to it, the newest is whole
                 old.unlink()
         return failure
 

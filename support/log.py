@@ -48,7 +48,7 @@ def describe_run(config, steps, model, compiled, loader, runtime) -> dict:
     )
     root = Path(__file__).parent.parent
     revision = None
-    if (root / ".git").exists():  # without one, a Mac would ask to install git
+    if (root / ".git").exists():  # or a Mac that has no git would ask to install it
         quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, shell=True, text=True)
         git = subprocess.run("git describe --always --dirty", cwd=root, **quiet, check=False)
         revision = git.stdout.strip() or None  # None where git is not installed

@@ -119,8 +119,7 @@ def test_eval_only(folder, command):
 
 def test_published_names_and_texts(folder, command):
     """--init_from gpt2, from a folder of that name; --data may be a text; --prompt may be empty."""
-    flags = ["--eval_only", "--init_from", "given", "--prompt", ""]
-    done = command(*flags, "--data", "text.txt")
+    done = command("--eval_only", "--init_from", "given", "--prompt", "", "--data", "text.txt")
     assert done.returncode == 0 and "validation loss" in done.stdout
     flags = ["--init_from", "gpt2", "--eval_only", "--data", folder / "text.txt"]
     done = run_here(folder / "offline", *flags, "--preset", "demo", "--device", "cpu")

@@ -131,7 +131,7 @@ def test_half_of_torchruns_variables(folder, names, monkeypatch):
         monkeypatch.setenv(name, "0")
     with pytest.raises(UserError, match="all of RANK, LOCAL_RANK and WORLD_SIZE"):
         Runtime("cpu", "float32")
-    if "RANK" in names:  # which is asked for elsewhere, too
+    if "RANK" in names:  # run_command asks for it, too
         said = start(folder, *TINY).communicate(timeout=60)[0]
         assert said.count("\n") == 2 and "train_gpt2.py: set all of RANK" in said
 

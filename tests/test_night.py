@@ -137,7 +137,8 @@ def test_a_checkpoint_that_failed_is_tried_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half)
         full.save(7)
-        assert full.writing.result().endswith("7.pt NOT written: [Errno 122] Disk quota exceeded")
+        said = full.writing.result()
+        assert said.endswith(f"7.pt NOT written: [Errno {errno.EDQUOT}] Disk quota exceeded")
     assert there() == [6]
     full.close(7)
     assert there() == [6, 7]
